@@ -1,0 +1,225 @@
+"""Weighted mean and variance of arrays, as a monoid.
+
+Every variance of the library is computed in this file, by one formula. About any pivot `p`,
+
+    mean = p + E[x - p]
+    var  = E[|x - p|^2] - |E[x - p]|^2
+
+With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983, section 2); with
+`p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
+is the law of total variance, by which Moments merge.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Inexact
+
+
+class Moments(NamedTuple):
+    """Count, mean and variance of weighted values, one of each for every channel.
+
+    Attributes:
+        count: the sum of the weights; the number of values where they are unweighted.
+        mean: `sum(w x) / sum(w)`, in the unit of the values.
+        var: `sum(w |x - mean|^2) / sum(w)`, biased (it divides by the count), in that unit squared.
+
+    All have one shape and are float32, or float64 if the values are; `mean` is complex where the values are. Where
+    `count` is 0, so are `mean` and `var`: `Moments(0, 0, 0)` is the zero of `merge`.
+    """
+
+    count: Float[Array, "*channels"]
+    mean: Inexact[Array, "*channels"]
+    var: Float[Array, "*channels"]
+
+
+def widen(dtype: Any) -> Any:
+    """The dtype in which values of `dtype` are computed with: float32, or wider if `dtype` is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def measure(
+    x: Inexact[Array, "..."],
+    axes: Sequence[int],
+    *,
+    weights: Array | None = None,
+    fast: bool = False,
+    dtype: Any = None,
+) -> Moments:
+    """The Moments of `x` over `axes`; `merge` merges Moments that exist already.
+
+    Args:
+        x: the values, real, complex or integer.
+        axes: the axes to reduce; the other axes are the channels.
+        weights: bool or real, of the rank of `x`, each axis equal to that of `x` or 1. A position whose weight is
+            not positive takes no part: its value may be NaN or infinite, and its gradient is 0.
+        fast: use the one-pass form, with the variance clipped at 0. In float32 it loses the variance from
+            `|mean| / std` of about 1e3 on.
+        dtype: the dtype to compute in; by default float32, or wider if `x` is wider.
+
+    Returns:
+        Moments of the shape of `x` without `axes`.
+
+    Raises:
+        ValueError: if `weights` has another rank than `x` or an axis that is neither 1 nor that of `x`.
+    """
+    pivot, deviation = measure_deviations(x, axes, weights=weights, fast=fast, dtype=dtype)
+    return deviation._replace(mean=pivot + deviation.mean)
+
+
+def measure_deviations(
+    x: Inexact[Array, "..."],
+    axes: Sequence[int],
+    *,
+    weights: Array | None = None,
+    fast: bool = False,
+    dtype: Any = None,
+    axis_name: Hashable = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[Array, Moments]:
+    """`measure` before rounding: a constant `pivot` and the Moments of `x - pivot`.
+
+    The mean of `x` is `pivot + moments.mean`, a sum whose second term is lost to rounding where `|mean|` is large
+    against the standard deviation. With `axis_name` the values are those of all members of that mapped axis, or of
+    the groups of it, as in `merge_across`; two `psum`s.
+    """
+    axes = tuple(axis % x.ndim for axis in axes)
+    x = x.astype(dtype or widen(x.dtype))
+    real, wide_real = x.real.dtype, widen(x.real.dtype)
+    if weights is None:
+        weights = jnp.ones((1,) * x.ndim, real)
+    else:
+        _check_weights(x, weights)
+        taken = weights > 0
+        x = jnp.where(taken, x, 0)
+        weights = jnp.where(taken, weights, 0).astype(real)
+
+    def total(values: Any) -> Any:
+        values = jax.tree.map(lambda v: jnp.sum(v, axes), values)
+        if axis_name is None:
+            return values
+        return jax.lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
+
+    repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
+    count = repeats * jnp.sum(weights, axes, dtype=wide_real)
+    count = jnp.broadcast_to(count, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name, axis_index_groups=axis_index_groups)
+    pivot = jnp.zeros(count.shape, x.dtype)
+    if not fast:
+        pivot = jax.lax.stop_gradient(total(weights * x) / _divisor(count)).astype(x.dtype)
+    moments = _about(jnp.expand_dims(pivot, axes), weights, x, jnp.zeros((), real), count, total)
+    wide = widen(x.dtype)
+    return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(wide_real))
+
+
+def merge(*moments: Any) -> Any:
+    """The Moments of all values behind `moments`: exact for any counts, never an average of variances.
+
+    Associative, commutative, with the zero `Moments(0, 0, 0)`. Two Moments merge by the pairwise formula of Chan,
+    Golub & LeVeque (1983, section 3); `measure` is for values that have no Moments yet.
+
+    Args:
+        *moments: Moments of equal shapes (or the scalar zero), or trees of one structure with Moments at the leaves.
+
+    Returns:
+        Moments, or a tree of them, like each argument.
+
+    Raises:
+        ValueError: if there is nothing to merge, or the shapes differ.
+    """
+    if not moments:
+        raise ValueError("`merge` needs at least one Moments, or one tree of them: got none.")
+    return jax.tree.map(_merge, *moments, is_leaf=is_moments)
+
+
+def merge_along(moments: Moments, axis: int = 0) -> Moments:
+    """Merges the Moments that lie along an array axis; `merge_across` does so along a mapped axis."""
+
+    def total(values: Any) -> Any:
+        return jax.tree.map(lambda v: jnp.sum(v, axis, keepdims=True), values)
+
+    merged = _merge_by(total, moments)
+    return Moments(*(jnp.squeeze(field, axis) for field in merged))
+
+
+def merge_across(
+    moments: Moments,
+    axis_name: Hashable,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Merges the Moments of all members of a mapped axis, weighted by count; two `psum`s.
+
+    Args:
+        moments: those of this member, measured on its own part of the values.
+        axis_name: the name of an axis of `jax.pmap`, `jax.vmap` or `jax.shard_map`, or several of them.
+        axis_index_groups: merge within these groups of members only.
+
+    Returns:
+        The Moments of all values, the same on all members.
+    """
+
+    def total(values: Any) -> Any:
+        return jax.lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
+
+    return _merge_by(total, moments)
+
+
+def is_moments(value: Any) -> bool:
+    """Whether `value` is a Moments: for `is_leaf` of tree functions."""
+    return isinstance(value, Moments)
+
+
+def _merge(*moments: Moments) -> Moments:
+    means = [jnp.asarray(m.mean) for m in moments]
+    shape = jnp.broadcast_shapes(*(mean.shape for mean in means))
+    if any(mean.shape not in ((), shape) for mean in means):
+        received = ", ".join(str(mean.shape) for mean in means)
+        raise ValueError(f"Moments to merge must have the same shape: got means of shapes {received}.")
+    fields = (jnp.stack([jnp.broadcast_to(jnp.asarray(f), shape) for f in fields]) for fields in zip(*moments))
+    return merge_along(Moments(*(field.astype(widen(field.dtype)) for field in fields)))
+
+
+def _merge_by(total: Callable[[Any], Any], moments: Moments) -> Moments:
+    count, first = total((moments.count, moments.count * moments.mean))
+    pivot = jax.lax.stop_gradient(first / _divisor(count))
+    merged = _about(pivot, moments.count, moments.mean, moments.var, count, total)
+    return merged._replace(mean=pivot + merged.mean)
+
+
+def _about(
+    pivot: Array, weights: Array, mean: Array, var: Array, count: Array, total: Callable[[Any], Any]
+) -> Moments:
+    """The Moments of `value - pivot`, the values being given in parts (weight, mean, var)."""
+    deviation = mean - pivot
+    first, second = total((weights * deviation, weights * (var + _abs2(deviation))))
+    divisor = _divisor(count).astype(var.dtype)
+    shift = first / divisor
+    return Moments(count, shift, _nonnegative(second / divisor - _abs2(shift)))
+
+
+def _abs2(x: Array) -> Array:
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def _divisor(count: Array) -> Array:
+    return jnp.where(count > 0, count, 1)
+
+
+def _nonnegative(var: Array) -> Array:
+    """Lifts rounding errors below 0 to 0 without a kink: the derivative at 0 stays that of `var`."""
+    return var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+
+
+def _check_weights(x: Array, weights: ArrayLike) -> None:
+    shape = jnp.shape(weights)
+    if len(shape) != x.ndim or any(w not in (1, n) for w, n in zip(shape, x.shape)):
+        raise ValueError(
+            f"`weights` must have rank {x.ndim}, each axis equal to that of the values or 1: got weights of shape "
+            f"{shape} for values of shape {x.shape}. Insert axes of length 1 where the weights do not vary."
+        )

@@ -1,0 +1,76 @@
+"""Batch renormalization: the correction that ties batch statistics to the running ones.
+
+Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models".
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+
+class Statistics(Protocol):
+    """Anything with a mean and a variance, Moments among others."""
+
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def var(self) -> Array: ...
+
+
+class Correction(NamedTuple):
+    """The factor `r` and the offset `d`, one of each for every channel, both without unit and without gradient."""
+
+    r: Float[Array, "*channels"]
+    d: Float[Array, "*channels"]
+
+
+def correction(
+    batch: Statistics, running: Statistics, *, r_max: ArrayLike, d_max: ArrayLike, epsilon: float
+) -> Correction:
+    """The `r` and `d` of batch renormalization (Ioffe 2017, algorithm 1).
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)
+        d = clip((mu_B - mu) / sigma, -d_max, d_max)        sigma = sqrt(var + epsilon)
+
+    so that `(x - mu_B) / sigma_B * r + d`, where nothing is clipped, is `(x - mu) / sigma`. Both are constants to
+    differentiation; the gradient flows through `mu_B` and `sigma_B` as in batch normalization.
+
+    Args:
+        batch: the statistics of this batch.
+        running: the running average before this batch's update.
+        r_max: the bound of `r`, at least 1; at 1, with `d_max` 0, this is batch normalization.
+        d_max: the bound of `|d|`, in running standard deviations.
+        epsilon: what is added to both variances.
+    """
+    sigma_batch = jnp.sqrt(batch.var + epsilon)
+    sigma = jnp.sqrt(running.var + epsilon)
+    r = jnp.clip(sigma_batch / sigma, 1 / r_max, r_max)
+    d = jnp.clip((batch.mean - running.mean) / sigma, -d_max, d_max)
+    return jax.lax.stop_gradient(Correction(r, d))
+
+
+def corrected_affine(
+    corrected: Correction, scale: Array | None, bias: Array | None
+) -> tuple[Array, Array]:
+    """The affine parameters that apply the correction as well: `(y * r + d) * scale + bias`, `y` being normalized."""
+    r, d = corrected
+    scale = jnp.ones_like(r) if scale is None else scale
+    bias = jnp.zeros_like(d) if bias is None else bias
+    return scale * r, scale * d + bias
+
+
+def paper_r_max(step: ArrayLike) -> Array:
+    """The paper's ramp of `r_max`: 1 until step 5 000, then linear to 3 at step 40 000 (Ioffe 2017, section 4)."""
+    return 1 + 2 * _ramp(step, 5_000, 40_000)
+
+
+def paper_d_max(step: ArrayLike) -> Array:
+    """The paper's ramp of `d_max`: 0 until step 5 000, then linear to 5 at step 25 000 (Ioffe 2017, section 4)."""
+    return 5 * _ramp(step, 5_000, 25_000)
+
+
+def _ramp(step: ArrayLike, begin: int, end: int) -> Array:
+    return jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0, 1)
