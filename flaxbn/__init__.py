@@ -2,12 +2,17 @@
 
 from flaxbn.linen import BatchNorm as BatchNorm
 from flaxbn.linen import BatchRenorm as BatchRenorm
+from flaxbn.mesh import data_sharding as data_sharding
 from flaxbn.moments import Moments as Moments
 from flaxbn.moments import measure as measure
 from flaxbn.moments import merge as merge
 from flaxbn.moments import merge_across as merge_across
 from flaxbn.normalize import ema as ema
 from flaxbn.normalize import normalize as normalize
+from flaxbn.population import apply as apply
+from flaxbn.population import estimate_population_stats as estimate_population_stats
+from flaxbn.population import population_moments as population_moments
+from flaxbn.population import to_batch_stats as to_batch_stats
 from flaxbn.renorm import correction as correction
 from flaxbn.renorm import paper_d_max as paper_d_max
 from flaxbn.renorm import paper_r_max as paper_r_max

@@ -122,9 +122,18 @@ class BatchNorm(nn.Module):
         if update or self.is_initializing():
             self._count_update(jnp.any(usable) if update else False)
 
-        fields = (pivot, used.var, scale, bias, residual)
-        pivot, var, scale, bias, residual = (None if a is None else jnp.expand_dims(a, others) for a in fields)
-        y = normalize(x, pivot, var, scale=scale, bias=bias, epsilon=self.epsilon, residual=residual)
+        def spread(a: Any) -> Any:
+            return None if a is None else jnp.expand_dims(a, others)
+
+        y = normalize(
+            x,
+            spread(pivot),
+            spread(used.var),
+            scale=spread(scale),
+            bias=spread(bias),
+            epsilon=self.epsilon,
+            residual=spread(residual),
+        )
         return y.astype(dtype)
 
     @nn.nowrap

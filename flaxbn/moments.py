@@ -31,7 +31,7 @@ class Moments(NamedTuple):
     `count` is 0, so are `mean` and `var`: `Moments(0, 0, 0)` is the zero of `merge`.
     """
 
-    count: Float[Array, "*channels"]
+    count: Float[Array, "*channels"]  # type: ignore[assignment]  # hides tuple.count
     mean: Inexact[Array, "*channels"]
     var: Float[Array, "*channels"]
 
@@ -190,9 +190,7 @@ def _merge_by(total: Callable[[Any], Any], moments: Moments) -> Moments:
     return merged._replace(mean=pivot + merged.mean)
 
 
-def _about(
-    pivot: Array, weights: Array, mean: Array, var: Array, count: Array, total: Callable[[Any], Any]
-) -> Moments:
+def _about(pivot: Array, weights: Array, mean: Array, var: Array, count: Array, total: Callable[[Any], Any]) -> Moments:
     """The Moments of `value - pivot`, the values being given in parts (weight, mean, var)."""
     deviation = mean - pivot
     first, second = total((weights * deviation, weights * (var + _abs2(deviation))))

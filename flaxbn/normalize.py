@@ -1,7 +1,6 @@
 """Normalization by given statistics, and the running average of statistics."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from flaxbn.moments import widen

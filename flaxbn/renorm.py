@@ -14,10 +14,12 @@ class Statistics(Protocol):
     """Anything with a mean and a variance, Moments among others."""
 
     @property
-    def mean(self) -> Array: ...
+    def mean(self) -> Array:
+        """The mean."""
 
     @property
-    def var(self) -> Array: ...
+    def var(self) -> Array:
+        """The variance."""
 
 
 class Correction(NamedTuple):
@@ -47,14 +49,13 @@ def correction(
     """
     sigma_batch = jnp.sqrt(batch.var + epsilon)
     sigma = jnp.sqrt(running.var + epsilon)
+    r_max, d_max = jnp.asarray(r_max), jnp.asarray(d_max)
     r = jnp.clip(sigma_batch / sigma, 1 / r_max, r_max)
     d = jnp.clip((batch.mean - running.mean) / sigma, -d_max, d_max)
     return jax.lax.stop_gradient(Correction(r, d))
 
 
-def corrected_affine(
-    corrected: Correction, scale: Array | None, bias: Array | None
-) -> tuple[Array, Array]:
+def corrected_affine(corrected: Correction, scale: Array | None, bias: Array | None) -> tuple[Array, Array]:
     """The affine parameters that apply the correction as well: `(y * r + d) * scale + bias`, `y` being normalized."""
     r, d = corrected
     scale = jnp.ones_like(r) if scale is None else scale

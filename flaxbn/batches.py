@@ -1,0 +1,98 @@
+"""Data, as arrays or as a stream, cut into batches."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def count_samples(arrays: Any) -> int:
+    """The length of the leading axis that all leaves of `arrays` share."""
+    leaves = jax.tree.leaves(arrays)
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if not shapes or any(not shape or shape[0] != (shapes[0] or (0,))[0] for shape in shapes):
+        received = ", ".join(map(str, shapes)) or "no arrays"
+        raise ValueError(f"A batch must be a pytree of arrays with a common leading sample axis: got {received}.")
+    return shapes[0][0]
+
+
+def check_arrays(batches: Any, batch_size: int | None) -> None:
+    """Arrays come with a batch size, and streams without: anything else is an error."""
+    is_arrays = isinstance(batches, Mapping) or hasattr(batches, "shape")
+    is_arrays |= isinstance(batches, tuple) and all(hasattr(a, "shape") for a in batches)
+    if batch_size is None and (is_arrays or not isinstance(batches, Iterable)):
+        raise TypeError(
+            f"`batches` must be an iterable of batches where `batch_size` is not given: got {_described(batches)}. To "
+            "have arrays cut into batches, pass `batch_size`; to pass one batch, pass a list of it."
+        )
+    if batch_size is not None and isinstance(batches, Iterator):
+        raise TypeError(
+            f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
+            "`batch_size` out for an iterator, whose batches are taken as they are."
+        )
+
+
+def check_positive(name: str, value: int | None) -> None:
+    """An option that counts must be a positive integer."""
+    if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+        raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
+
+
+def strided_rows(samples: int, batch_size: int, num_samples: int | None) -> list[np.ndarray]:
+    """Sample indices of all batches, in groups of batches of one size: int arrays (batches, size).
+
+    `num_samples` takes that many samples, evenly spaced over the whole. With `K = ceil(n / batch_size)` batches, batch
+    k holds the samples k, k + K, k + 2K, ...: all batches are of nearly equal size, and data sorted by class is mixed.
+    """
+    taken = samples if num_samples is None else num_samples
+    _check_enough(samples, num_samples)
+    chosen = np.arange(taken, dtype=np.int64) * samples // taken
+    count = -(-taken // batch_size)
+    larger = taken % count
+    rows = [chosen[k::count] for k in range(count)]
+    return [np.stack(group).astype(np.int32) for group in (rows[:larger], rows[larger:]) if group]
+
+
+def stream(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
+    """The batches of an iterable, cut off exactly at `num_samples` samples."""
+    seen = 0
+    for batch in batches:
+        size = count_samples(batch)
+        if num_samples is not None:
+            size = min(size, num_samples - seen)
+            batch = jax.tree.map(lambda a, size=size: a[:size], batch)
+        if size:
+            yield batch
+        seen += size
+        if seen == num_samples:
+            return
+    _check_enough(seen, num_samples)
+
+
+def shards(sharding: NamedSharding | None) -> int:
+    """Over how many parts `sharding` spreads the leading axis."""
+    if sharding is None or not len(sharding.spec) or sharding.spec[0] is None:
+        return 1
+    names = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
+    return int(np.prod([sharding.mesh.shape[name] for name in names]))
+
+
+def padding(size: int, parts: int) -> np.ndarray | None:
+    """The weights of a batch of `size` samples padded to a multiple of `parts`; None where it is one already."""
+    if size % parts == 0:
+        return None
+    return np.arange(-(-size // parts) * parts) < size
+
+
+def _check_enough(seen: int, num_samples: int | None) -> None:
+    if seen == 0:
+        raise ValueError("The data must hold at least one sample: saw none.")
+    if num_samples is not None and seen < num_samples:
+        raise ValueError(f"The data must hold `num_samples={num_samples}` samples: saw {seen}.")
+
+
+def _described(batches: Any) -> str:
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batches) if hasattr(leaf, "shape")]
+    return f"{type(batches).__name__} of arrays of shapes {shapes}" if shapes else type(batches).__name__

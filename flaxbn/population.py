@@ -1,0 +1,262 @@
+"""Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn import batches as data
+from flaxbn import observe, precise, stored
+from flaxbn.moments import widen
+from flaxbn.observe import Call
+
+
+def apply(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batch: Any,
+    *,
+    statistics: Literal["running", "batch"] = "running",
+    call: Call | None = None,
+) -> Any:
+    """Evaluates any Flax model with the batch-norm statistics of your choice.
+
+    With `statistics="batch"` every batch-norm layer, `flax.linen.BatchNorm` included, normalizes by the mean and
+    variance of its own input, as in training, while all else is evaluation: dropout is off, nothing is mutable and
+    nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
+    `jax.grad` and `jax.vmap`.
+
+    Args:
+        model: the model.
+        variables: its variables, `batch_stats` included; read only.
+        batch: what `call` takes.
+        statistics: "running" for the stored statistics, "batch" for those of the batch.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Returns:
+        What `call` returns.
+
+    Raises:
+        ValueError: if `statistics` is another one, the model has no batch-norm layer, or a layer would normalize by
+            the statistics of a single value per channel.
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    if statistics not in ("running", "batch"):
+        raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
+    _check_model(model, variables)
+    reader = (
+        precise.stored_statistics
+        if statistics == "running"
+        else functools.partial(precise.batch_statistics, weights=None)
+    )
+    program, structure = observe.trace(model, variables, batch, call or _call, None)
+    precise.check_layers(program, model)
+    leaves, _ = program.run(jax.tree.leaves((variables, batch)), reader)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def estimate_population_stats(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    num_samples: int | None = None,
+    method: Literal["precise"] = "precise",
+    sample_weight: Callable[[Any], Array] | None = None,
+    only: Callable[[str], bool] | None = None,
+    sharding: NamedSharding | None = None,
+    rngs: Mapping[str, Array] | None = None,
+) -> Any:
+    """The population statistics of all batch-norm layers, from one pass over data with the weights frozen.
+
+    Each layer normalizes by the statistics of its own batch, and the moments of all batches are merged exactly, by
+    the law of total variance (PreciseBN; Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3):
+
+        mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + |mean_k - mean|^2) / n
+
+    with `n_k` positions in batch k, the last and smaller one included. The first layer's statistics do not depend on
+    the batch size; those of deeper layers do, by about 1/B for each level, since the layers above normalize by the
+    batch.
+
+    Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
+    which counts as plain batch normalization. The compiled pass is reused where the model, the functions `call`,
+    `sample_weight` and `only`, and all shapes are the same: keep these functions at module level.
+
+    Args:
+        model: the model.
+        variables: its variables; read only.
+        batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
+            batches, each such a pytree, which is read once.
+        call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`. Dropout
+            is off.
+        batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
+            is `x[k::K]`. The pass is a scan on the device.
+        num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
+        method: "precise", as described above.
+        sample_weight: `batch -> (B,)`, the weights of the samples, in statistics and normalization alike. A sample
+            whose weight is not positive takes no part, whatever it holds.
+        only: `path -> bool`, the layers to estimate, by their paths in `batch_stats` joined by "/". The others keep
+            and use their stored statistics.
+        sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
+            A batch is then the global batch; what does not divide is padded with samples of weight 0.
+        rngs: random keys that `call` needs; each batch gets its own.
+
+    Returns:
+        A new `batch_stats`: `mean` and `var` of the layers replaced, all else, structure, container types, dtypes and
+        metadata, as it was.
+
+    Raises:
+        TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+        ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
+            `num_samples`; statistics are not finite; a layer has one value per channel; a layer lies inside a
+            `while` loop or `shard_map`; or, with `sample_weight`, the batch axis of a layer's input is not known.
+
+    Warns:
+        UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
+            pair of statistics can normalize each of them.
+    """
+    if method != "precise":
+        raise ValueError(f'`method` must be "precise": got {method!r}.')
+    moments = population_moments(
+        model,
+        variables,
+        batches,
+        call=call,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        sample_weight=sample_weight,
+        only=only,
+        sharding=sharding,
+        rngs=rngs,
+    )
+    return to_batch_stats(moments, variables["batch_stats"])
+
+
+def population_moments(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    num_samples: int | None = None,
+    sample_weight: Callable[[Any], Array] | None = None,
+    only: Callable[[str], bool] | None = None,
+    sharding: NamedSharding | None = None,
+    rngs: Mapping[str, Array] | None = None,
+) -> Any:
+    """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
+
+    Returns:
+        A tree like `batch_stats`, with one Moments in the place of each layer's variables. Trees of different parts
+        of the data merge by `flaxbn.merge`; `to_batch_stats` turns them into statistics.
+    """
+    _check_model(model, variables)
+    data.check_arrays(batches, batch_size)
+    data.check_positive("batch_size", batch_size)
+    data.check_positive("num_samples", num_samples)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
+        raise TypeError(
+            "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
+            "outside of `jax.jit`, `jax.pmap` and other transformations."
+        )
+    setting = precise.Setting(precise.Key(model), call or _call, sample_weight, only, sharding)
+    variables, rngs = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
+    wide = jax.tree.map(lambda a: a.astype(widen(a.dtype)), variables["batch_stats"])
+    variables = {**variables, "batch_stats": wide}
+    if sharding is not None:
+        variables, rngs = jax.device_put((variables, rngs), precise.replicated(sharding))
+    if batch_size is None:
+        passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
+    else:
+        passes = precise.pass_over_arrays(setting, variables, rngs, batches, batch_size, num_samples)
+    return _merged(passes, stored.stored_layers(variables["batch_stats"]), only)
+
+
+def to_batch_stats(moments: Any, batch_stats: Any) -> Any:
+    """Statistics from moments: `batch_stats` with the `mean` and `var` of the layers in `moments` replaced.
+
+    Args:
+        moments: a tree as `population_moments` returns, or several merged by `flaxbn.merge`.
+        batch_stats: the tree to take everything else from: structure, container types, dtypes, metadata, other layers.
+
+    Raises:
+        ValueError: if `moments` does not fit `batch_stats`, or a channel saw no data.
+        TypeError: if a mean is complex and the stored one is real.
+    """
+    return stored.replace_statistics(batch_stats, moments)
+
+
+def _call(module: Any, batch: Any) -> Any:
+    return module(batch)
+
+
+def _merged(results: list[precise.Result], layers: stored.StoredLayers, only: Callable[[str], bool] | None) -> Any:
+    results = [precise.Result(r.source, *jax.device_get((r.moments, r.first_bad))) for r in results]
+    wanted = stored.select(layers, only)
+    if not wanted.entries:
+        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
+        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    _check_finite(results, layers)
+    contributions = [c for r in results for c in zip(r.source.entries, r.moments)]
+    moments = stored.collect(contributions, layers) if contributions else {}
+    unseen = [path for path in wanted.entries if path not in moments or not np.all(moments[path].count > 0)]
+    if unseen:
+        names = ", ".join(f"'{stored.layer_name(path)}'" for path in unseen)
+        raise ValueError(
+            f"Every batch-norm layer in `batch_stats` must see data: {names} saw none, in one channel at least. Run "
+            "it in `call`, or leave it out by `only`."
+        )
+    _warn_called_twice(results, wanted)
+    return stored.as_tree({path: moments[path] for path in wanted.entries})
+
+
+def _check_finite(results: list[precise.Result], layers: stored.StoredLayers) -> None:
+    for result in results:
+        for entries, step in zip(result.source.entries, result.first_bad):
+            if step >= 0:
+                path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
+                raise ValueError(
+                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch {step} "
+                    "(counted from 0), so its input holds NaN or infinite values, or overflows."
+                )
+
+
+def _warn_called_twice(results: list[precise.Result], layers: stored.StoredLayers) -> None:
+    total = max(int(e.max()) for e in layers.entries.values()) + 1
+    calls: dict[precise.Pass, np.ndarray] = {}
+    seen: dict[tuple[precise.Pass, int], Any] = {}
+    for result in results:
+        for i, moments in enumerate(result.moments):
+            seen[result.source, i] = seen.get((result.source, i), False) | (moments.count > 0)
+    for (source, i), used in seen.items():
+        counter = calls.setdefault(source, np.zeros(total, int))
+        np.add.at(counter, source.entries[i][used], 1)
+    twice = [p for p, e in layers.entries.items() if any(counter[e].max() > 1 for counter in calls.values())]
+    if twice:
+        names = ", ".join(f"'{stored.layer_name(path)}'" for path in twice)
+        warnings.warn(
+            f"{names}: called more than once in a forward pass. The calls are merged, but one mean and variance cannot "
+            "normalize each of them: give each call a layer of its own.",
+            stacklevel=4,
+        )
+
+
+def _check_model(model: Any, variables: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
+            "method or a compiled function, inside which the batch-norm layers cannot be seen."
+        )
+    if not isinstance(variables, Mapping) or not jax.tree.leaves(variables.get("batch_stats", {})):
+        received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")

@@ -1,0 +1,152 @@
+"""The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flaxbn.moments import Moments, is_moments, merge_along
+from flaxbn.observe import UNKNOWN, Program
+
+Path = tuple[str, ...]
+
+_merge_along = jax.jit(merge_along)
+
+
+class StoredLayers(NamedTuple):
+    """The batch-norm layers of a `batch_stats` tree.
+
+    Attributes:
+        entries: for each layer the numbers of its channels, an int array of the shape of its mean. Numbers start at
+            1 and are unique in the tree.
+        total: how many numbers there are.
+    """
+
+    entries: dict[Path, np.ndarray]
+    total: int
+
+
+def stored_layers(batch_stats: Any) -> StoredLayers:
+    """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape."""
+    shapes = {names: np.shape(leaf) for names, leaf in _named_leaves(batch_stats)}
+    entries, total = {}, 0
+    for names, shape in shapes.items():
+        if names[-1:] == ("mean",) and shapes.get((*names[:-1], "var")) == shape:
+            size = int(np.prod(shape))
+            entries[names[:-1]] = np.arange(total + 1, total + 1 + size).reshape(shape)
+            total += size
+    if total >= 2**24:
+        raise ValueError(
+            f"`batch_stats` must hold fewer than {2**24} channels, to number them in float32: got {total}."
+        )
+    return StoredLayers(entries, total)
+
+
+def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: int) -> list[np.ndarray]:
+    """For each tap of a program the numbers of the entries that it reads, stacked as the program's records are.
+
+    The program's arguments are the leaves of `variables`, then `other_leaves` more.
+    """
+    layers = stored_layers(variables["batch_stats"])
+
+    def known(path: Any, leaf: Any) -> Any:
+        names = _names(path)
+        if names[:1] != ("batch_stats",) or names[-1] != "mean" or names[1:-1] not in layers.entries:
+            return UNKNOWN
+        return jnp.asarray(layers.entries[names[1:-1]], leaf.dtype)
+
+    leaves = [known(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]]
+    _, means = program.read_by_taps(leaves + [UNKNOWN] * other_leaves)
+    return [_checked_entries(mean, layers.total, name) for mean, name in zip(means, program.layer_names())]
+
+
+def _checked_entries(mean: Any, total: int, layer: str) -> np.ndarray:
+    entries = np.zeros(()) if mean is UNKNOWN else np.real(np.asarray(mean))
+    if not np.all((entries >= 1) & (entries <= total) & (entries == np.round(entries))):
+        raise ValueError(
+            f"{layer} must read its statistics from 'batch_stats' as they are stored: they are computed on the way, or "
+            "depend on the data. Leave the layer out by `only`."
+        )
+    return entries.astype(np.int64)
+
+
+def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:
+    """Merges moments of calls into those of the entries that the calls read."""
+    parts = list(contributions)
+    entries = np.concatenate([np.ravel(e) for e, _ in parts]) - 1
+    order = np.argsort(entries, kind="stable")
+    starts = np.searchsorted(entries[order], np.arange(layers.total))
+    rank = np.empty_like(entries)
+    rank[order] = np.arange(len(entries)) - starts[entries[order]]
+
+    def placed(field: int) -> Any:
+        values = np.concatenate([np.ravel(moments[field]) for _, moments in parts])
+        rows = np.zeros((rank.max() + 1, layers.total), values.dtype)
+        rows[rank, entries] = values
+        return rows
+
+    merged = jax.device_get(_merge_along(Moments(placed(0), placed(1), placed(2))))
+    return {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
+
+
+def as_tree(moments: Mapping[Path, Moments]) -> Any:
+    """The nested form of moments by path: a Moments in the place of each layer's variables."""
+    return moments[()] if () in moments else unflatten_dict(dict(moments))
+
+
+def replace_statistics(batch_stats: Any, moments: Any) -> Any:
+    """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
+    found, _ = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)
+    by_path = {_names(path): value for path, value in found}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
+    _check_places(by_path, dict(_named_leaves(batch_stats)))
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        names = _names(path)
+        if names[:-1] not in by_path or names[-1] not in ("mean", "var"):
+            return leaf
+        value = jnp.asarray(getattr(by_path[names[:-1]], names[-1]), leaf.dtype)
+        return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+
+    return jax.tree.unflatten(structure, [replaced(path, leaf) for path, leaf in leaves])
+
+
+def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any]) -> None:
+    for path, value in moments.items():
+        old = stored.get((*path, "mean"))
+        if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
+            received = f"moments of shape {np.shape(value.mean)}" if is_moments(value) else type(value).__name__
+            place = "nothing" if old is None else f"a mean of shape {np.shape(old)}"
+            raise ValueError(
+                f"`moments` must be a tree of Moments with the layers and shapes of `batch_stats`: got {received} at "
+                f"'{layer_name(path)}', where `batch_stats` holds {place}."
+            )
+        if np.iscomplexobj(value.mean) and not np.iscomplexobj(old):
+            raise TypeError(
+                f"The stored mean of '{layer_name(path)}' must be complex, as its population mean is: it is "
+                f"{old.dtype}. Convert that leaf of `batch_stats` to complex64 first."
+            )
+        if not np.all(np.asarray(value.count) > 0):
+            raise ValueError(f"`moments` must have seen data in every channel: '{layer_name(path)}' has a count of 0.")
+
+
+def layer_name(path: Sequence[str]) -> str:
+    """The name of a layer for messages and for `only`: its path in `batch_stats`, joined by '/'."""
+    return "/".join(path)
+
+
+def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
+    """The layers that `only` accepts."""
+    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_name(p))})
+
+
+def _named_leaves(tree: Any) -> list[tuple[Path, Any]]:
+    return [(_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _names(path: Any) -> Path:
+    """The dictionary keys of a tree path; a box around the leaf adds none."""
+    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
