@@ -94,5 +94,7 @@ def _check_enough(seen: int, num_samples: int | None) -> None:
 
 
 def _described(batches: Any) -> str:
+    if isinstance(batches, Iterator):
+        return type(batches).__name__
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batches) if hasattr(leaf, "shape")]
     return f"{type(batches).__name__} of arrays of shapes {shapes}" if shapes else type(batches).__name__

@@ -169,6 +169,8 @@ def population_moments(
             "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
             "outside of `jax.jit`, `jax.pmap` and other transformations."
         )
+    layers = stored.stored_layers(variables["batch_stats"])
+    wanted = _wanted_layers(layers, only)
     setting = precise.Setting(precise.Key(model), call or _call, sample_weight, only, sharding)
     variables, rngs = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
     wide = jax.tree.map(lambda a: a.astype(widen(a.dtype)), variables["batch_stats"])
@@ -179,7 +181,7 @@ def population_moments(
         passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
     else:
         passes = precise.pass_over_arrays(setting, variables, rngs, batches, batch_size, num_samples)
-    return _merged(passes, stored.stored_layers(variables["batch_stats"]), only)
+    return _merged(passes, layers, wanted)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any) -> Any:
@@ -200,12 +202,16 @@ def _call(module: Any, batch: Any) -> Any:
     return module(batch)
 
 
-def _merged(results: list[precise.Result], layers: stored.StoredLayers, only: Callable[[str], bool] | None) -> Any:
-    results = [precise.Result(r.source, *jax.device_get((r.moments, r.first_bad))) for r in results]
+def _wanted_layers(layers: stored.StoredLayers, only: Callable[[str], bool] | None) -> stored.StoredLayers:
     wanted = stored.select(layers, only)
     if not wanted.entries:
-        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
+        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries) or "no layer in `batch_stats`"
         raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    return wanted
+
+
+def _merged(results: list[precise.Result], layers: stored.StoredLayers, wanted: stored.StoredLayers) -> Any:
+    results = [precise.Result(r.source, *jax.device_get((r.moments, r.first_bad))) for r in results]
     _check_finite(results, layers)
     contributions = [c for r in results for c in zip(r.source.entries, r.moments)]
     moments = stored.collect(contributions, layers) if contributions else {}

@@ -179,7 +179,7 @@ def _merge_steps(steps: list[Moments], first: Any) -> tuple[list[Moments], Array
         finite = jnp.all(finite.reshape(len(finite), -1), 1)
         return jnp.where(jnp.all(finite), -1, first + jnp.argmin(finite))
 
-    return [merge_along(m) for m in steps], jnp.stack([first_bad(m) for m in steps])
+    return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
 
 
 def _batch_axis(program: observe.Program, longer: observe.Program, site: int) -> int:
