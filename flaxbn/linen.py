@@ -116,6 +116,8 @@ class BatchNorm(nn.Module):
         features = feature_axes(x.ndim, self.axis)
         others = tuple(axis for axis in range(x.ndim) if axis not in features)
         weights = None if mask is None else position_weights(mask, x.shape, features)
+        if weights is not None:
+            x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
         domain = domain_of(domain, self.num_domains, x.shape, features)
         if update and not self.is_mutable_collection("batch_stats"):
             raise ValueError(_immutable_message(self))

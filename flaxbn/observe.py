@@ -188,8 +188,8 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
     mean, var = tap_p.bind(x, stored["mean"], stored["var"], *others, **params)
     variables = {"params": layer.variables.get("params", {}), "batch_stats": {"mean": mean, "var": var}}
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
-    options = {} if domain is None else {"domain": domain}
-    return evaluated.apply(variables, x, **options, method=function)
+    options = {"mask": mask, "domain": domain}
+    return evaluated.apply(variables, x, **{k: v for k, v in options.items() if v is not None}, method=function)
 
 
 def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
