@@ -1,0 +1,55 @@
+# `make test` uses python3 and .venv; `PYTHON=python3.12 make test` uses that interpreter and .venv-3.12.
+ifdef PYTHON
+  SUFFIX = -$(VERSION)
+else
+  PYTHON := python3
+endif
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".") if sys.version_info >= (3, 11) else exit(1)' 2>/dev/null)
+ifeq ($(VERSION),)
+  $(error flaxbn needs Python 3.11 or newer: $(PYTHON) is $(or $(shell $(PYTHON) --version 2>/dev/null),no Python that runs). \
+    Name another one: make PYTHON=python3.11 $(MAKECMDGOALS))
+endif
+
+VENV := .venv$(SUFFIX)
+BIN := $(VENV)/bin
+# The stamp names the version, so that a new python3 does not inherit the old one's environment.
+INSTALLED := $(VENV)/.installed-$(VERSION)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test flax-suite readme lint bench clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) --editable '.[scripts,test]'
+	touch $@
+
+$(INSTALLED)-lint: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[lint]'
+	touch $@
+
+train: $(INSTALLED)
+	$(BIN)/python scripts/train_mnist.py --out runs/digits --overwrite $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+flax-suite: $(INSTALLED)
+	$(BIN)/python tests/flax_suite/run.py
+
+readme: $(INSTALLED)
+	$(BIN)/python -m pytest --markdown-docs README.md docs
+
+lint: $(INSTALLED)-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/population.py
+
+clean:
+	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

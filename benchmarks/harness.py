@@ -1,0 +1,103 @@
+"""Interleaved timing, and what is written about it."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def interleave(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float = 0.05) -> dict[str, list[float]]:
+    """Seconds for a call of each candidate, in every round.
+
+    A round times each candidate once, as the mean of as many calls as take `seconds`; the order rotates from round to
+    round, so that what else the machine does falls on all of them.
+    """
+    calls = {}
+    for name, function in candidates.items():
+        _time(function, 1)
+        calls[name] = math.ceil(seconds / _time(function, 1))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = itertools.cycle(candidates)
+    for _ in range(rounds):
+        for name in itertools.islice(order, len(candidates)):
+            times[name].append(_time(candidates[name], calls[name]))
+        next(order)
+    return times
+
+
+def compare(times: dict[str, list[float]], ours: str) -> dict[str, Any]:
+    """The median of each candidate, and median and quartiles of ours over each other, round by round."""
+    ratios = {name: [a / b for a, b in zip(times[ours], times[name])] for name in times if name != ours}
+    return {
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "ratio": {name: dict(zip(("low", "median", "high"), quartiles(values))) for name, values in ratios.items()},
+    }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def machine() -> dict[str, Any]:
+    """Devices and versions; nothing that names the host."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+    }
+
+
+def table(rows: list[dict[str, Any]], labels: Sequence[str]) -> str:
+    """The rows of `compare` as a Markdown table; `labels` are the columns that say what was timed."""
+    times, ratios = list(rows[0]["milliseconds"]), list(rows[0]["ratio"])
+    header = [*labels, *(f"{name}, ms" for name in times), *(f"ratio to {name}" for name in ratios)]
+    cells = [
+        [
+            *(str(row[label]) for label in labels),
+            *(f"{row['milliseconds'][name]:.3g}" for name in times),
+            *("{median:.2f} ({low:.2f} to {high:.2f})".format(**row["ratio"][name]) for name in ratios),
+        ]
+        for row in rows
+    ]
+    rule = ["---"] * len(labels) + ["--:"] * (len(header) - len(labels))
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *cells])
+
+
+def save(what: str, device: str, report: dict[str, Any], markdown: str) -> None:
+    """Writes `results/<what>-<device>.json` and `.md`."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"{what}-{re.sub(r'[^a-z0-9]+', '-', device.lower())}"
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    facts = "\n".join(f"- {key}: {value}" for key, value in report["machine"].items())
+    stem.with_suffix(".md").write_text(f"# {what.capitalize()}\n\n{facts}\n\n{markdown}\n")
+
+
+def _time(function: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()

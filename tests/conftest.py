@@ -1,0 +1,42 @@
+"""A harsh climate: simulated devices, no silent rank promotion, warnings are errors (see pyproject.toml)."""
+
+import os
+import pathlib
+
+import chex
+import hypothesis
+import jax
+import pytest
+
+NUM_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counter():
+    chex.clear_trace_counter()
+
+
+@pytest.fixture
+def devices() -> list[jax.Device]:
+    """Eight devices; a machine whose accelerator has fewer skips the test."""
+    found = jax.devices()
+    if len(found) < NUM_DEVICES:
+        pytest.skip(f"needs {NUM_DEVICES} devices, {found[0].platform} has {len(found)}")
+    return found[:NUM_DEVICES]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """Real data sets: $FLAXBN_DATA, or shared/data beside the repository."""
+    beside = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    path = pathlib.Path(os.environ.get("FLAXBN_DATA", beside))
+    if not path.is_dir():
+        pytest.skip(f"no data at {path}; set FLAXBN_DATA")
+    return path
