@@ -154,19 +154,15 @@ class BatchNorm(nn.Module):
         if update or self.is_initializing():
             self._count_update(jnp.any(usable, [-1 - i for i in range(len(channels))]) if update else None, row)
 
-        def spread(a: Any) -> Any:
-            if a is None or a.ndim > len(channels):
-                return None if a is None else sharing.spread(a)
-            return jnp.expand_dims(a, others)
-
         y = normalize(
             x,
-            spread(pivot),
-            spread(used.var),
-            scale=spread(scale),
-            bias=spread(bias),
+            pivot,
+            used.var,
+            scale=_leading(scale, pivot),
+            bias=_leading(bias, pivot),
             epsilon=self.epsilon,
-            residual=spread(residual),
+            residual=residual,
+            spread=sharing.spread,
         )
         return y.astype(dtype)
 
@@ -246,7 +242,7 @@ class BatchRenorm(BatchNorm):
         bounds = (b(steps) if callable(b) else b for b in (self.r_max, self.d_max))
         r_max, d_max = (_expanded(b, batch.var.ndim) for b in bounds)
         corrected = correction(batch, running, r_max=r_max, d_max=d_max, epsilon=self.epsilon)
-        return corrected_affine(corrected, _leading(scale, corrected.r), _leading(bias, corrected.r))
+        return corrected_affine(corrected, _leading(scale, batch.var), _leading(bias, batch.var))
 
     @nn.nowrap
     def _count_update(self, updated: Array | None, row: Array | None) -> None:
