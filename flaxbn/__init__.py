@@ -1,5 +1,6 @@
 """Batch normalization for JAX without its traps."""
 
+from flaxbn import domains as domains
 from flaxbn.linen import BatchNorm as BatchNorm
 from flaxbn.linen import BatchRenorm as BatchRenorm
 from flaxbn.mesh import data_sharding as data_sharding

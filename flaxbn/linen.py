@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.linen.dtypes import canonicalize_dtype
-from jaxtyping import Array, ArrayLike, Inexact, Shaped
+from jaxtyping import Array, Inexact, Int, Shaped
 
 from flaxbn.moments import Moments, measure_deviations, widen
 from flaxbn.normalize import ema, normalize
 from flaxbn.renorm import Statistics, corrected_affine, correction, paper_d_max, paper_r_max
+from flaxbn.sharing import Sharing, domain_numbers
 
 
 class BatchNorm(nn.Module):
@@ -43,6 +45,9 @@ class BatchNorm(nn.Module):
         axis_index_groups: merge within these groups of the axis only.
         use_fast_variance: compute the variance in one pass, less accurately; see `flaxbn.measure`.
         force_float32_reductions: compute batch statistics in float32 or wider; otherwise in `dtype`.
+        num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
+            call takes `domain`. For training and inference on several datasets with shared weights.
+        domain_affine: keep a `scale` and a `bias` for each domain, too.
     """
 
     use_running_average: bool | None = None
@@ -59,6 +64,15 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = False
     force_float32_reductions: bool = True
+    num_domains: int | None = None
+    domain_affine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_domains is not None and (not isinstance(self.num_domains, int) or self.num_domains < 1):
+            raise ValueError(f"`num_domains` must be a positive integer: got {self.num_domains!r}.")
+        if self.domain_affine and self.num_domains is None:
+            raise ValueError("`domain_affine` needs `num_domains`: got none.")
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -67,6 +81,7 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: Array | None = None,
+        domain: int | Int[Array, ""] | Int[Array, " batch"] | None = None,
         update_running_average: bool | None = None,
     ) -> Inexact[Array, "..."]:
         """Normalizes `x`.
@@ -78,6 +93,10 @@ class BatchNorm(nn.Module):
             mask: the positions that count, as bool or float weights: of the rank of `x`, each axis equal to that of
                 `x` or 1; or, with a single feature axis, exactly the shape of `x` without it. What a masked position
                 holds, NaN included, reaches neither statistics, gradients nor other positions.
+            domain: with `num_domains`, the number of the domain of the whole batch, or an int array (B,) along the
+                leading axis with that of each example. Each example is normalized by the statistics of its domain,
+                exactly as if it ran with the examples of that domain alone; a domain without examples is not updated.
+                A traced number out of range updates nothing and gives NaN.
             update_running_average: update the stored statistics with this batch; by default in training. Channels
                 of total weight 0, or whose batch statistics are not finite, are not updated.
 
@@ -86,7 +105,9 @@ class BatchNorm(nn.Module):
 
         Raises:
             ValueError: if an update is asked for and `batch_stats` is not mutable; if the batch has one value per
-                channel, which would make the output constant; if the shape of `mask` is another one.
+                channel, which would make the output constant; if the shape of `mask` is another one; if `domain` is
+                missing or does not belong, is out of range, or has another shape.
+            TypeError: if `domain` is not of integers.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = not use_running_average if update_running_average is None else update_running_average
@@ -95,56 +116,65 @@ class BatchNorm(nn.Module):
         features = feature_axes(x.ndim, self.axis)
         others = tuple(axis for axis in range(x.ndim) if axis not in features)
         weights = None if mask is None else position_weights(mask, x.shape, features)
+        if weights is not None:
+            x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
+        domain = domain_of(domain, self.num_domains, x.shape, features)
         if update and not self.is_mutable_collection("batch_stats"):
             raise ValueError(_immutable_message(self))
 
-        shape = tuple(x.shape[axis] for axis in features)
+        channels = tuple(x.shape[axis] for axis in features)
+        shape = channels if self.num_domains is None else (self.num_domains, *channels)
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, _stored_dtype(x.dtype))
         stored_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        affine_shape = shape if self.domain_affine else channels
+        scale = self.param("scale", self.scale_init, affine_shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
-        running = used = _Statistics(stored_mean.value, stored_var.value)
+        row = domain if domain is not None and domain.ndim == 0 else None
+        sharing = Sharing(others) if row is not None else Sharing(others, domain, self.num_domains)
+        if self.domain_affine:
+            scale, bias = _row(scale, row), _row(bias, row)
+        running = used = _Statistics(_row(stored_mean.value, row), _row(stored_var.value, row))
         pivot, residual = running.mean, None
         if update or not use_running_average:
-            batch_pivot, deviation = self._measure(x, others, weights)
+            batch_pivot, deviation = self._measure(x, sharing, weights)
             batch = deviation._replace(mean=batch_pivot + deviation.mean)
         if not use_running_average:
             seen = batch.count > 0
             pivot, residual = jnp.where(seen, batch_pivot, running.mean), deviation.mean
             used = _Statistics(jnp.where(seen, batch.mean, running.mean), jnp.where(seen, batch.var, running.var))
-            scale, bias = self._training_affine(used, running, scale, bias)
+            if row is not None:
+                pivot = jnp.where(row < shape[0], pivot, jnp.nan)
+            scale, bias = self._training_affine(used, running, scale, bias, row)
         if update:
             usable = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
-            stored_mean.value = _updated(running.mean, batch.mean, self.momentum, usable)
-            stored_var.value = _updated(running.var, batch.var, self.momentum, usable)
+            for variable, old, new in zip((stored_mean, stored_var), running, batch[1:]):
+                variable.value = _with_row(variable.value, row, _updated(old, new, self.momentum, usable))
         if update or self.is_initializing():
-            self._count_update(jnp.any(usable) if update else False)
-
-        def spread(a: Any) -> Any:
-            return None if a is None else jnp.expand_dims(a, others)
+            self._count_update(jnp.any(usable, [-1 - i for i in range(len(channels))]) if update else None, row)
 
         y = normalize(
             x,
-            spread(pivot),
-            spread(used.var),
-            scale=spread(scale),
-            bias=spread(bias),
+            pivot,
+            used.var,
+            scale=_leading(scale, pivot),
+            bias=_leading(bias, pivot),
             epsilon=self.epsilon,
-            residual=spread(residual),
+            residual=residual,
+            spread=sharing.spread,
         )
         return y.astype(dtype)
 
     @nn.nowrap
-    def _measure(self, x: Array, axes: tuple[int, ...], weights: Array | None) -> tuple[Array, Moments]:
+    def _measure(self, x: Array, sharing: Sharing, weights: Array | None) -> tuple[Array, Moments]:
         axis_name = None if self.is_initializing() else self.axis_name
-        values = math.prod(x.shape[axis] for axis in axes) * _members(axis_name, self.axis_index_groups)
+        values = math.prod(x.shape[axis] for axis in sharing.axes) * _members(axis_name, self.axis_index_groups)
         if values == 1 and not self.is_initializing() and not self._accepts_single_value():
             raise ValueError(_single_value_message(self, x.shape))
         return measure_deviations(
             x,
-            axes,
+            sharing,
             weights=weights,
             fast=self.use_fast_variance,
             dtype=None if self.force_float32_reductions else (self.dtype or x.dtype),
@@ -158,14 +188,14 @@ class BatchNorm(nn.Module):
 
     @nn.nowrap
     def _training_affine(
-        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None
+        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None, row: Array | None
     ) -> tuple[Array | None, Array | None]:
-        del batch, running
+        del batch, running, row
         return scale, bias
 
     @nn.nowrap
-    def _count_update(self, updated: ArrayLike) -> None:
-        del updated
+    def _count_update(self, updated: Array | None, row: Array | None) -> None:
+        del updated, row
 
 
 class BatchRenorm(BatchNorm):
@@ -201,28 +231,31 @@ class BatchRenorm(BatchNorm):
 
     @nn.nowrap
     def _training_affine(
-        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None
+        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None, row: Array | None
     ) -> tuple[Array | None, Array | None]:
         if jnp.iscomplexobj(batch.mean):
             raise TypeError(
                 f"BatchRenorm takes real input, since its offset d is clipped: got {batch.mean.dtype}. "
                 "Use BatchNorm for complex input."
             )
-        steps = self._steps()
-        r_max = self.r_max(steps) if callable(self.r_max) else self.r_max
-        d_max = self.d_max(steps) if callable(self.d_max) else self.d_max
+        steps = _row(self._steps(), row)
+        bounds = (b(steps) if callable(b) else b for b in (self.r_max, self.d_max))
+        r_max, d_max = (_expanded(b, batch.var.ndim) for b in bounds)
         corrected = correction(batch, running, r_max=r_max, d_max=d_max, epsilon=self.epsilon)
-        return corrected_affine(corrected, scale, bias)
+        return corrected_affine(corrected, _leading(scale, batch.var), _leading(bias, batch.var))
 
     @nn.nowrap
-    def _count_update(self, updated: ArrayLike) -> None:
+    def _count_update(self, updated: Array | None, row: Array | None) -> None:
         steps = self._steps()
-        self.put_variable("batch_stats", "steps", steps + jnp.asarray(updated, jnp.int32))
+        if updated is not None:
+            steps = _with_row(steps, row, _row(steps, row) + updated)
+        self.put_variable("batch_stats", "steps", steps.astype(jnp.int32))
 
     @nn.nowrap
     def _steps(self) -> Array:
         """The stored step count, also where averaging tools have made it a float."""
-        return jnp.round(jnp.asarray(self.get_variable("batch_stats", "steps", 0))).astype(jnp.int32)
+        missing = jnp.zeros(() if self.num_domains is None else (self.num_domains,), jnp.int32)
+        return jnp.round(jnp.asarray(self.get_variable("batch_stats", "steps", missing))).astype(jnp.int32)
 
 
 class _Statistics(NamedTuple):
@@ -255,6 +288,47 @@ def position_weights(mask: Array, shape: tuple[int, ...], features: tuple[int, .
         f"`mask` must have rank {len(shape)} (each axis equal to that of x or 1){short}: got a mask of shape "
         f"{mask.shape} for x of shape {shape}. To mask whole examples, pass `mask[:{ones}]`."
     )
+
+
+def domain_of(
+    domain: Any, num_domains: int | None, shape: tuple[int, ...], features: tuple[int, ...]
+) -> Int[Array, "..."] | None:
+    """The domain numbers of a call, a scalar or one for each example; what is out of range is `num_domains`."""
+    if num_domains is None:
+        if domain is not None:
+            raise ValueError("`domain` belongs to a layer with `num_domains`: got one without.")
+        return None
+    if domain is None:
+        raise ValueError(f"`domain` must be given to a layer with `num_domains={num_domains}`: got none.")
+    if isinstance(domain, int | np.integer) and not 0 <= domain < num_domains:
+        raise ValueError(f"`domain` must lie in [0, {num_domains}): got {domain}.")
+    numbers = jnp.asarray(domain)
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise TypeError(f"`domain` must be of integers: got {numbers.dtype}.")
+    if numbers.shape not in ((), shape[:1]) or (numbers.ndim and 0 in features):
+        raise ValueError(
+            f"`domain` must be a scalar, or have one number for each example along the leading axis of x, which is no "
+            f"feature axis: got shape {numbers.shape} for x of shape {shape} with feature axes {features}."
+        )
+    return domain_numbers(numbers, num_domains)
+
+
+def _row(a: Any, row: Array | None) -> Any:
+    return a if a is None or row is None else a.at[row].get(mode="fill", fill_value=None)
+
+
+def _with_row(a: Array, row: Array | None, new: Array) -> Array:
+    return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")
+
+
+def _expanded(bound: Any, ndim: int) -> Any:
+    """A bound for each domain, shaped to broadcast against statistics; one bound for all as it is."""
+    bound = jnp.asarray(bound)
+    return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
+
+
+def _leading(a: Array | None, like: Array) -> Array | None:
+    return None if a is None else a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
 
 
 def _updated(old: Array, new: Array, momentum: float, usable: Array) -> Array:

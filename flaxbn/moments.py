@@ -10,13 +10,14 @@ With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub 
 is the law of total variance, by which Moments merge.
 """
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Inexact
+
+from flaxbn.sharing import Sharing
 
 
 class Moments(NamedTuple):
@@ -66,13 +67,21 @@ def measure(
     Raises:
         ValueError: if `weights` has another rank than `x` or an axis that is neither 1 nor that of `x`.
     """
-    pivot, deviation = measure_deviations(x, axes, weights=weights, fast=fast, dtype=dtype)
+    sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
+    return measure_shared(x, sharing, weights=weights, fast=fast, dtype=dtype)
+
+
+def measure_shared(
+    x: Inexact[Array, "..."], sharing: Sharing, *, weights: Array | None = None, fast: bool = False, dtype: Any = None
+) -> Moments:
+    """`measure` of positions that share statistics along axes, or by domain."""
+    pivot, deviation = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
     return deviation._replace(mean=pivot + deviation.mean)
 
 
 def measure_deviations(
     x: Inexact[Array, "..."],
-    axes: Sequence[int],
+    sharing: Sharing,
     *,
     weights: Array | None = None,
     fast: bool = False,
@@ -86,9 +95,8 @@ def measure_deviations(
     against the standard deviation. With `axis_name` the values are those of all members of that mapped axis, or of
     the groups of it, as in `merge_across`; two `psum`s.
     """
-    axes = tuple(axis % x.ndim for axis in axes)
     x = x.astype(dtype or widen(x.dtype))
-    real, wide_real = x.real.dtype, widen(x.real.dtype)
+    real = x.real.dtype
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, real)
     else:
@@ -97,23 +105,24 @@ def measure_deviations(
         x = jnp.where(taken, x, 0)
         weights = jnp.where(taken, weights, 0).astype(real)
 
-    def total(values: Any) -> Any:
-        values = jax.tree.map(lambda v: jnp.sum(v, axes), values)
+    def across(values: Any) -> Any:
         if axis_name is None:
             return values
         return jax.lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
 
-    repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
-    count = repeats * jnp.sum(weights, axes, dtype=wide_real)
-    count = jnp.broadcast_to(count, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
-    if axis_name is not None:
-        count = jax.lax.psum(count, axis_name, axis_index_groups=axis_index_groups)
-    pivot = jnp.zeros(count.shape, x.dtype)
-    if not fast:
-        pivot = jax.lax.stop_gradient(total(weights * x) / _divisor(count)).astype(x.dtype)
-    moments = _about(jnp.expand_dims(pivot, axes), weights, x, jnp.zeros((), real), count, total)
+    def total(values: Any) -> Any:
+        return across(sharing.total(values))
+
+    count = sharing.count(weights, x.shape)
+    if fast:
+        count = across(count)
+        pivot = jnp.zeros(count.shape, x.dtype)
+    else:
+        count, first = across((count, sharing.total(weights * x)))
+        pivot = jax.lax.stop_gradient(first / _divisor(count)).astype(x.dtype)
+    moments = _about(sharing.spread(pivot), weights, x, jnp.zeros((), real), count, total)
     wide = widen(x.dtype)
-    return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(wide_real))
+    return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(widen(real)))
 
 
 def merge(*moments: Any) -> Any:
@@ -147,9 +156,7 @@ def merge_along(moments: Moments, axis: int = 0) -> Moments:
 
 
 def merge_across(
-    moments: Moments,
-    axis_name: Hashable,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    moments: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None = None
 ) -> Moments:
     """Merges the Moments of all members of a mapped axis, weighted by count; two `psum`s.
 

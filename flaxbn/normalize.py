@@ -1,5 +1,7 @@
 """Normalization by given statistics, and the running average of statistics."""
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Inexact
 
@@ -15,6 +17,7 @@ def normalize(
     bias: Array | None = None,
     epsilon: float,
     residual: Array | None = None,
+    spread: Callable[[Array], Array] = lambda statistics: statistics,
 ) -> Inexact[Array, "..."]:
     """Normalizes `x` by `mean` and `var`: `(x - mean) / sqrt(var + epsilon) * scale + bias`.
 
@@ -29,6 +32,7 @@ def normalize(
         scale, bias: the affine parameters, shaped likewise; None stands for 1 and 0.
         epsilon: what is added to the variance, in the unit of `var`.
         residual: what rounding left out of `mean`, shaped likewise: the exact mean is `mean + residual`.
+        spread: shapes what is computed from the statistics to broadcast against `x`, where they do not by themselves.
 
     Returns:
         An array of the shape of `x`, float32 or wider: the caller casts.
@@ -38,7 +42,7 @@ def normalize(
     pivot = jax.lax.stop_gradient(mean)
     rest = mean - pivot if residual is None else mean - pivot + residual
     offset = -rest * factor if bias is None else bias - rest * factor
-    return (x.astype(widen(x.dtype)) - pivot) * factor + offset
+    return (x.astype(widen(x.dtype)) - spread(pivot)) * spread(factor) + spread(offset)
 
 
 def ema(old: Array, new: Array, momentum: float) -> Array:

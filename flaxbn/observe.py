@@ -33,7 +33,10 @@ class Tap(NamedTuple):
         x: the layer's input.
         mean, var: the statistics that it reads.
         weights: the layer's mask as float weights of the rank of `x`, or None.
+        domain: the domain number of each example along the leading axis of `x`, or None.
         axes: the axes of `x` over which it reduces.
+        lanes: how many leading axes of all fields are lanes of vmap with statistics of their own, in a layer with
+            domains; other layers have them among the channels.
         site: the number of the call in the order of the program.
         layer: the layer's class and path, for messages.
     """
@@ -42,7 +45,9 @@ class Tap(NamedTuple):
     mean: Array
     var: Array
     weights: Array | None
+    domain: Array | None
     axes: tuple[int, ...]
+    lanes: int
     site: int
     layer: str
 
@@ -54,15 +59,15 @@ tap_p = jex.Primitive("batch_norm_statistics")
 tap_p.multiple_results = True
 
 
-def _tap_value(x: Array, mean: Array, var: Array, *weights: Array, **params: Any) -> list[Array]:
+def _tap_value(x: Array, mean: Array, var: Array, *others: Array, **params: Any) -> list[Array]:
     """The stored statistics, in the dtype that the statistics of `x` have."""
-    del weights, params
+    del others, params
     dtype = jnp.promote_types(widen(x.dtype), mean.dtype)
     return [jnp.asarray(mean, dtype), jnp.asarray(var, jnp.finfo(dtype).dtype)]
 
 
 @tap_p.def_abstract_eval
-def _tap_shapes(x: Any, mean: Any, var: Any, *weights: Any, **params: Any) -> list[Any]:
+def _tap_shapes(x: Any, mean: Any, var: Any, *others: Any, **params: Any) -> list[Any]:
     shapes = jax.eval_shape(_tap_value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, mean, var)))
     return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
 
@@ -75,20 +80,33 @@ def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     )
 
 
-def _tap_batch(args: Sequence[Array], dims: Sequence[int | None], *, axes: tuple[int, ...], layer: str) -> Any:
-    """Under vmap the lanes become axis 0 of x: one more axis to reduce where all lanes share their statistics."""
+def _tap_batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
+    """Under vmap the lanes become axis 0 of x: more positions to reduce where all lanes share their statistics."""
     size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
 
     def lanes_first(a: Array, d: int | None) -> Array:
         return jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
 
-    (x, mean, var, *weights), (_, mean_dim, var_dim, *_) = args, dims
-    x, *weights = (lanes_first(a, d) for a, d in zip((x, *weights), (dims[0], *dims[3:])))
-    axes = tuple(axis + 1 for axis in axes)
+    (x, mean, var, *others), (_, mean_dim, var_dim, *_) = args, dims
+    x, *others = (lanes_first(a, d) for a, d in zip((x, *others), (dims[0], *dims[3:])))
+    moved = tuple(axis + 1 for axis in params["axes"])
     if mean_dim is None and var_dim is None:
-        return tap_p.bind(x, mean, var, *weights, axes=(0, *axes), layer=layer), [None, None]
+        if params["has_domain"]:
+            x, *others = (a.reshape(-1, *a.shape[2:]) for a in _same_lengths(x, others))
+        else:
+            params["axes"] = (0, *moved)
+        return tap_p.bind(x, mean, var, *others, **params), [None, None]
     mean, var = lanes_first(mean, mean_dim), lanes_first(var, var_dim)
-    return tap_p.bind(x, mean, var, *weights, axes=axes, layer=layer), [0, 0]
+    if params["has_domain"]:
+        params["lanes"] += 1
+    else:
+        params["axes"] = moved
+    return tap_p.bind(x, mean, var, *others, **params), [0, 0]
+
+
+def _same_lengths(x: Array, others: Sequence[Array]) -> list[Array]:
+    """Arrays (lanes, examples, ...), whose examples some may have given once for all, given for each."""
+    return [x, *(jnp.broadcast_to(a, (*x.shape[:2], *a.shape[2:])) for a in others)]
 
 
 tap_p.def_impl(_tap_value)
@@ -135,14 +153,15 @@ def _interceptor() -> Callable[..., Any]:
         given = inspect.signature(function).bind(context.module, *args, **kwargs).arguments
         inside = True
         try:
-            return _evaluate_layer(context.module, _LAYER_CALLS[function], given["x"], given.get("mask"))
+            options = {k: given[k] for k in ("mask", "domain") if given.get(k) is not None}
+            return _evaluate_layer(context.module, _LAYER_CALLS[function], given["x"], **options)
         finally:
             inside = False
 
     return intercept
 
 
-def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any) -> Array:
+def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any = None, domain: Any = None) -> Array:
     """The layer's own evaluation, with the statistics that come out of the tap."""
     x = jnp.asarray(x)
     name = f"{type(layer).__name__} '{'/'.join(layer.path)}'"
@@ -155,11 +174,22 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any)
     stored = {key: nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var")}
     features = linen.feature_axes(x.ndim, layer.axis)
     axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-    weights = [] if mask is None else [_mask_weights(function, mask, x, features)]
-    mean, var = tap_p.bind(x, stored["mean"], stored["var"], *weights, axes=axes, layer=name)
+    others = [] if mask is None else [_mask_weights(function, mask, x, features)]
+    numbers = linen.domain_of(domain, getattr(layer, "num_domains", None), x.shape, features)
+    if numbers is not None:
+        others.append(jnp.broadcast_to(numbers, x.shape[:1]))
+    params = {
+        "axes": axes,
+        "layer": name,
+        "lanes": 0,
+        "has_weights": mask is not None,
+        "has_domain": numbers is not None,
+    }
+    mean, var = tap_p.bind(x, stored["mean"], stored["var"], *others, **params)
     variables = {"params": layer.variables.get("params", {}), "batch_stats": {"mean": mean, "var": var}}
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
-    return evaluated.apply(variables, x, method=function)
+    options = {"mask": mask, "domain": domain}
+    return evaluated.apply(variables, x, **{k: v for k, v in options.items() if v is not None}, method=function)
 
 
 def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
@@ -229,9 +259,7 @@ class Program:
 
     def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
         if eqn.primitive is tap_p:
-            x, mean, var, *weights = values
-            weight = weights[0] if weights else None
-            mean, var, record = on_tap(Tap(x, mean, var, weight, eqn.params["axes"], site, eqn.params["layer"]))
+            mean, var, record = on_tap(_tap(eqn.params, values, site))
             return [a.astype(v.aval.dtype) for a, v in zip((mean, var), eqn.outvars)], [record]
         programs = self._programs(eqn)
         kind = _kind(eqn)
@@ -261,6 +289,13 @@ class Program:
             if id(jaxpr) not in self._inner:
                 self._inner[id(jaxpr)] = Program(_opened(jaxpr), getattr(jaxpr, "consts", ()))
         return [self._inner[id(jaxpr)] for jaxpr in jaxprs]
+
+
+def _tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
+    x, mean, var, *others = values
+    weights = others.pop(0) if params["has_weights"] else None
+    domain = others.pop(0) if params["has_domain"] else None
+    return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], site, params["layer"])
 
 
 class _Unknown:

@@ -73,6 +73,7 @@ def estimate_population_stats(
     method: Literal["precise"] = "precise",
     sample_weight: Callable[[Any], Array] | None = None,
     only: Callable[[str], bool] | None = None,
+    keep_unseen: bool = False,
     sharding: NamedSharding | None = None,
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
@@ -106,6 +107,8 @@ def estimate_population_stats(
             whose weight is not positive takes no part, whatever it holds.
         only: `path -> bool`, the layers to estimate, by their paths in `batch_stats` joined by "/". The others keep
             and use their stored statistics.
+        keep_unseen: leave what saw no data, a domain for example, with its stored statistics, where it is an error
+            otherwise.
         sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
             A batch is then the global batch; what does not divide is padded with samples of weight 0.
         rngs: random keys that `call` needs; each batch gets its own.
@@ -135,10 +138,11 @@ def estimate_population_stats(
         num_samples=num_samples,
         sample_weight=sample_weight,
         only=only,
+        keep_unseen=keep_unseen,
         sharding=sharding,
         rngs=rngs,
     )
-    return to_batch_stats(moments, variables["batch_stats"])
+    return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
 
 
 def population_moments(
@@ -151,6 +155,7 @@ def population_moments(
     num_samples: int | None = None,
     sample_weight: Callable[[Any], Array] | None = None,
     only: Callable[[str], bool] | None = None,
+    keep_unseen: bool = False,
     sharding: NamedSharding | None = None,
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
@@ -181,21 +186,23 @@ def population_moments(
         passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
     else:
         passes = precise.pass_over_arrays(setting, variables, rngs, batches, batch_size, num_samples)
-    return _merged(passes, layers, wanted)
+    return _merged(passes, layers, wanted, keep_unseen=keep_unseen)
 
 
-def to_batch_stats(moments: Any, batch_stats: Any) -> Any:
+def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:
     """Statistics from moments: `batch_stats` with the `mean` and `var` of the layers in `moments` replaced.
 
     Args:
         moments: a tree as `population_moments` returns, or several merged by `flaxbn.merge`.
         batch_stats: the tree to take everything else from: structure, container types, dtypes, metadata, other layers.
 
+        keep_unseen: keep the old statistics of channels whose count is 0, where it is an error otherwise.
+
     Raises:
         ValueError: if `moments` does not fit `batch_stats`, or a channel saw no data.
         TypeError: if a mean is complex and the stored one is real.
     """
-    return stored.replace_statistics(batch_stats, moments)
+    return stored.replace_statistics(batch_stats, moments, keep_unseen=keep_unseen)
 
 
 def _call(module: Any, batch: Any) -> Any:
@@ -210,17 +217,18 @@ def _wanted_layers(layers: stored.StoredLayers, only: Callable[[str], bool] | No
     return wanted
 
 
-def _merged(results: list[precise.Result], layers: stored.StoredLayers, wanted: stored.StoredLayers) -> Any:
+def _merged(
+    results: list[precise.Result], layers: stored.StoredLayers, wanted: stored.StoredLayers, *, keep_unseen: bool
+) -> Any:
     results = [precise.Result(r.source, *jax.device_get((r.moments, r.first_bad))) for r in results]
     _check_finite(results, layers)
     contributions = [c for r in results for c in zip(r.source.entries, r.moments)]
-    moments = stored.collect(contributions, layers) if contributions else {}
-    unseen = [path for path in wanted.entries if path not in moments or not np.all(moments[path].count > 0)]
-    if unseen:
-        names = ", ".join(f"'{stored.layer_name(path)}'" for path in unseen)
+    moments = stored.collect(contributions, layers)
+    unseen = [stored.unseen(path, moments[path]) for path in wanted.entries if not np.all(moments[path].count > 0)]
+    if unseen and not keep_unseen:
         raise ValueError(
-            f"Every batch-norm layer in `batch_stats` must see data: {names} saw none, in one channel at least. Run "
-            "it in `call`, or leave it out by `only`."
+            f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
+            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`."
         )
     _warn_called_twice(results, wanted)
     return stored.as_tree({path: moments[path] for path in wanted.entries})

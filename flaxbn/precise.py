@@ -15,8 +15,9 @@ from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import observe, stored
-from flaxbn.moments import Moments, measure, merge_along
+from flaxbn.moments import Moments, measure_shared, merge_along
 from flaxbn.observe import Call, Tap
+from flaxbn.sharing import Sharing
 
 _CHUNK = 256
 _AHEAD = 2
@@ -64,7 +65,7 @@ def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
 
 def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Moments]:
     """The moments of the tap's input; where their count is 0, the layer normalizes by what is stored."""
-    values = math.prod(tap.x.shape[axis] for axis in tap.axes)
+    values = math.prod(tap.x.shape[tap.lanes + axis] for axis in tap.axes)
     if values == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
@@ -74,9 +75,22 @@ def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Mom
         weights = tap.weights
     elif tap.weights is not None:
         weights = weights * tap.weights
-    moments = measure(tap.x, tap.axes, weights=weights)
+    moments = _measure(tap, weights)
     seen = moments.count > 0
     return jnp.where(seen, moments.mean, tap.mean), jnp.where(seen, moments.var, tap.var), moments
+
+
+def _measure(tap: Tap, weights: Array | None) -> Moments:
+    def measure_lane(x: Array, weights: Array | None, domain: Array | None) -> Moments:
+        num_domains = None if domain is None else tap.mean.shape[tap.lanes]
+        return measure_shared(x, Sharing(tap.axes, domain, num_domains), weights=weights)
+
+    measured = measure_lane
+    for _ in range(tap.lanes):
+        measured = jax.vmap(measured)
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, (*tap.x.shape[: tap.lanes], *weights.shape[tap.lanes :]))
+    return measured(tap.x, weights, tap.domain)
 
 
 class _Shapes(NamedTuple):

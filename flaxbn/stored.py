@@ -76,6 +76,9 @@ def _checked_entries(mean: Any, total: int, layer: str) -> np.ndarray:
 def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:
     """Merges moments of calls into those of the entries that the calls read."""
     parts = list(contributions)
+    if not parts:
+        zeros = Moments(*np.zeros((3, layers.total), np.float32))
+        parts = [(np.arange(1, layers.total + 1), zeros)]
     entries = np.concatenate([np.ravel(e) for e, _ in parts]) - 1
     order = np.argsort(entries, kind="stable")
     starts = np.searchsorted(entries[order], np.arange(layers.total))
@@ -97,24 +100,25 @@ def as_tree(moments: Mapping[Path, Moments]) -> Any:
     return moments[()] if () in moments else unflatten_dict(dict(moments))
 
 
-def replace_statistics(batch_stats: Any, moments: Any) -> Any:
+def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
     """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
     found, _ = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)
     by_path = {_names(path): value for path, value in found}
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    _check_places(by_path, dict(_named_leaves(batch_stats)))
+    _check_places(by_path, dict(_named_leaves(batch_stats)), keep_unseen)
 
     def replaced(path: Any, leaf: Any) -> Any:
         names = _names(path)
         if names[:-1] not in by_path or names[-1] not in ("mean", "var"):
             return leaf
-        value = jnp.asarray(getattr(by_path[names[:-1]], names[-1]), leaf.dtype)
+        value, count = getattr(by_path[names[:-1]], names[-1]), by_path[names[:-1]].count
+        value = jnp.where(np.asarray(count) > 0, jnp.asarray(value, leaf.dtype), leaf)
         return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
 
     return jax.tree.unflatten(structure, [replaced(path, leaf) for path, leaf in leaves])
 
 
-def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any]) -> None:
+def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
     for path, value in moments.items():
         old = stored.get((*path, "mean"))
         if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
@@ -129,8 +133,19 @@ def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any]) -> No
                 f"The stored mean of '{layer_name(path)}' must be complex, as its population mean is: it is "
                 f"{old.dtype}. Convert that leaf of `batch_stats` to complex64 first."
             )
-        if not np.all(np.asarray(value.count) > 0):
-            raise ValueError(f"`moments` must have seen data in every channel: '{layer_name(path)}' has a count of 0.")
+        if not keep_unseen and not np.all(np.asarray(value.count) > 0):
+            raise ValueError(
+                f"`moments` must have seen data in every channel: {unseen(path, value)} saw none. To keep what is "
+                "stored there, pass `keep_unseen=True`."
+            )
+
+
+def unseen(path: Path, moments: Moments) -> str:
+    """Names a layer that saw no data, and the rows of its leading axis (of domains, or of a scan) if some did."""
+    missing = ~(np.asarray(moments.count) > 0)
+    rows = missing.reshape(len(missing), -1).any(1)
+    place = f"'{layer_name(path)}'"
+    return f"{place} (at {np.flatnonzero(rows).tolist()})" if missing.ndim > 1 and not missing.all() else place
 
 
 def layer_name(path: Sequence[str]) -> str:

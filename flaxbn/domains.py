@@ -1,0 +1,120 @@
+"""Domains for any model: a domain is a `batch_stats` tree with a name, and the model knows nothing of it.
+
+    stats = domains.replicate(variables["batch_stats"], ["mnist", "usps"])
+    output, new = model.apply(domains.select(variables, stats, "usps"), batch, train=True, mutable=["batch_stats"])
+    stats = {**stats, "usps": new["batch_stats"]}
+
+For batches of one domain each; where a batch mixes domains, use a layer with `num_domains`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxbn.moments import merge
+from flaxbn.population import estimate_population_stats
+
+StatsByDomain = Mapping[str, Any]
+
+
+def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The same statistics for each of `names`: the start of a training, or a new domain that begins as a copy.
+
+    To add a domain later, `{**stats, **replicate(stats["old"], ["new"])}`; or estimate it on data of its own, without
+    labels, by `estimate` (adaptive batch normalization; Li et al. 2016, "Revisiting Batch Normalization For Practical
+    Domain Adaptation", section 3).
+
+    Raises:
+        TypeError: if a name is not a string, since checkpoints turn other keys into strings.
+        ValueError: if a name occurs twice, or there is none.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    _check_names(names)
+    return {name: jax.tree.map(jnp.array, batch_stats) for name in names}
+
+
+def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> dict[str, Any]:
+    """`variables` with the statistics of one domain, for `model.apply`.
+
+    Raises:
+        KeyError: if there is no such domain; the message lists those that there are.
+    """
+    if name not in stats_by_domain:
+        raise KeyError(f"`name` must be a known domain: got {name!r}. Known are {sorted(stats_by_domain)}.")
+    return {**variables, "batch_stats": stats_by_domain[name]}
+
+
+def estimate(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches_by_domain: Mapping[str, Any],
+    **options: Any,
+) -> dict[str, Any]:
+    """The population statistics of each domain, from data of its own and the weights that all share.
+
+    Args:
+        model: the model; `flax.linen.BatchNorm` included.
+        variables: its variables. The `batch_stats` in them give structure and dtypes, and the statistics of layers
+            that `only` leaves out.
+        batches_by_domain: for each name, what `estimate_population_stats` takes as `batches`.
+        **options: those of `estimate_population_stats`, the same for each domain.
+
+    Returns:
+        For each name, a `batch_stats` tree.
+    """
+    _check_names(list(batches_by_domain))
+    return {
+        name: estimate_population_stats(model, variables, batches, **options)
+        for name, batches in batches_by_domain.items()
+    }
+
+
+def pool(moments_by_domain: Mapping[str, Any]) -> Any:
+    """The moments of all domains together, by the law of total variance, each domain weighted by its count.
+
+    Args:
+        moments_by_domain: for each name, a tree as `population_moments` returns.
+    """
+    return merge(*moments_by_domain.values())
+
+
+def stack(stats_by_domain: StatsByDomain, names: Sequence[str], axis: int = 0) -> Any:
+    """The `batch_stats` of a model with `num_domains=len(names)`; domain i is `names[i]`.
+
+    With `replicate` it turns the statistics of a plain model into those of a model with domains.
+
+    Args:
+        stats_by_domain: for each name, the `batch_stats` of the plain model.
+        names: the domains in the order of their numbers.
+        axis: where the axis of domains goes: 0, or after the leading axes that `nn.scan` and `nn.vmap` add.
+    """
+    _check_names(list(names))
+    trees = [select({}, stats_by_domain, name)["batch_stats"] for name in names]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
+
+
+def unstack(batch_stats: Any, names: Sequence[str], axis: int = 0) -> dict[str, Any]:
+    """The inverse of `stack`: for each name, the `batch_stats` of the plain model.
+
+    Raises:
+        ValueError: if the statistics are not of as many domains as there are names.
+    """
+    _check_names(list(names))
+    sizes = {leaf.shape[axis] if leaf.ndim > axis else 0 for leaf in jax.tree.leaves(batch_stats)}
+    if sizes != {len(names)}:
+        raise ValueError(
+            f"`batch_stats` must have {len(names)} domains along axis {axis}, as many as `names`: got axes of length "
+            f"{sorted(sizes)}."
+        )
+    return {name: jax.tree.map(lambda a, i=i: jnp.take(a, i, axis), batch_stats) for i, name in enumerate(names)}
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"Names of domains must be strings, as in checkpoints: got {wrong[0]!r}.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Names of domains must be given, each once: got {list(names)}.")

@@ -1,0 +1,121 @@
+"""Domains as named collections, for models that know nothing of domains."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from oracle import assert_same_statistics, merged
+
+import flaxbn
+from flaxbn import domains
+
+RNG = np.random.default_rng(0)
+DATA = {
+    "clean": RNG.normal(0.0, 1.0, (50, 3)).astype(np.float32),
+    "noisy": RNG.normal(2.0, 3.0, (30, 3)).astype(np.float32),
+}
+
+
+class Net(nn.Module):
+    """A stock layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
+
+
+NET = Net()
+VARIABLES = NET.init(jax.random.key(0), DATA["clean"])
+STATS = domains.replicate(VARIABLES["batch_stats"], DATA)
+
+
+def moments_of(x):
+    return {"norm": {"mean": x.astype(np.float64).mean(0), "var": x.astype(np.float64).var(0)}}
+
+
+def test_training_one_domain_leaves_the_other():
+    selected = domains.select(VARIABLES, STATS, "noisy")
+    _, new = NET.apply(selected, DATA["noisy"], train=True, mutable=["batch_stats"])
+    stats = {**STATS, "noisy": new["batch_stats"]}
+    exact = moments_of(DATA["noisy"])["norm"]
+    np.testing.assert_allclose(stats["noisy"]["norm"]["mean"], 0.5 * exact["mean"], rtol=1e-5)
+    np.testing.assert_allclose(stats["noisy"]["norm"]["var"], 0.5 + 0.5 * exact["var"], rtol=1e-5)
+    chex.assert_trees_all_equal(stats["clean"], VARIABLES["batch_stats"])
+    assert domains.select(VARIABLES, stats, "clean")["params"] is VARIABLES["params"]
+
+
+def test_each_domain_is_estimated_from_its_own_data():
+    found = domains.estimate(NET, VARIABLES, DATA, batch_size=8)
+    for name, x in DATA.items():
+        assert_same_statistics(found[name], moments_of(x))
+
+
+def test_a_domain_added_later():
+    stats = {**STATS, **domains.estimate(NET, VARIABLES, {"new": DATA["noisy"] + 1}, batch_size=8)}
+    assert_same_statistics(stats["new"], moments_of(DATA["noisy"] + 1))
+    copied = {**stats, **domains.replicate(stats["new"], ["copy"])}
+    chex.assert_trees_all_equal(copied["copy"], stats["new"])
+
+
+def test_pooled_moments_are_those_of_all_data():
+    moments = {name: flaxbn.population_moments(NET, VARIABLES, x, batch_size=8) for name, x in DATA.items()}
+    found = flaxbn.to_batch_stats(domains.pool(moments), VARIABLES["batch_stats"])
+    assert_same_statistics(found, moments_of(np.concatenate(list(DATA.values()))))
+    parts = [moments_of(x)["norm"] for x in DATA.values()]
+    mean, var = merged([50, 30], [p["mean"] for p in parts], [p["var"] for p in parts])
+    assert_same_statistics(found["norm"], {"mean": mean, "var": var})
+
+
+class DomainNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, domain, train=False):
+        return flaxbn.BatchNorm(use_running_average=not train, num_domains=2, name="norm")(x, domain=domain)
+
+
+def test_a_plain_model_becomes_a_model_with_domains_and_back():
+    stats = domains.estimate(NET, VARIABLES, DATA, batch_size=8)
+    stacked = domains.stack(stats, ["noisy", "clean"])
+    variables = {**VARIABLES, "batch_stats": stacked}
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        stacked, DomainNet().init(jax.random.key(0), DATA["clean"], 0)["batch_stats"]
+    )
+    for number, name in enumerate(["noisy", "clean"]):
+        plain = NET.apply(domains.select(VARIABLES, stats, name), DATA["clean"])
+        np.testing.assert_allclose(DomainNet().apply(variables, DATA["clean"], number), plain, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(domains.unstack(stacked, ["noisy", "clean"]), stats)
+
+
+def test_the_axis_of_domains_may_come_after_that_of_a_scan():
+    stats = {name: {"norm": {"mean": jnp.full((5, 3), i)}} for i, name in enumerate("ab")}
+    stacked = domains.stack(stats, ["b", "a"], axis=1)
+    assert stacked["norm"]["mean"].shape == (5, 2, 3)
+    chex.assert_trees_all_equal(domains.unstack(stacked, ["b", "a"], axis=1), stats)
+
+
+def test_checkpoints_keep_domains(tmp_path):
+    stats = domains.estimate(NET, VARIABLES, DATA, batch_size=8)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path.absolute() / "stats", stats)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path.absolute() / "stats", jax.tree.map(jnp.zeros_like, stats))
+    chex.assert_trees_all_equal(restored, stats)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "act"),
+    [
+        (KeyError, r"got 'usps'. Known are \['clean', 'noisy'\]", lambda: domains.select(VARIABLES, STATS, "usps")),
+        (KeyError, r"got 'usps'. Known are", lambda: domains.stack(STATS, ["clean", "usps"])),
+        (TypeError, r"must be strings.*got 0", lambda: domains.replicate(STATS["clean"], [0, 1])),
+        (TypeError, r"must be strings.*got 3", lambda: domains.estimate(NET, VARIABLES, {3: DATA["clean"]})),
+        (ValueError, r"each once: got \['a', 'a'\]", lambda: domains.replicate(STATS["clean"], ["a", "a"])),
+        (ValueError, r"each once: got \[\]", lambda: domains.estimate(NET, VARIABLES, {})),
+        (ValueError, r"2 domains along axis 0.*length \[3\]", lambda: domains.unstack(STATS["clean"], ["a", "b"])),
+    ],
+)
+def test_errors(error, message, act):
+    with pytest.raises(error, match=message):
+        act()
