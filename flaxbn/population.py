@@ -44,20 +44,21 @@ def apply(
         What `call` returns.
 
     Raises:
-        ValueError: if `statistics` is another one, the model has no batch-norm layer, or a layer would normalize by
-            the statistics of a single value per channel.
+        ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
+            would normalize by the statistics of a single value per channel.
         TypeError: if `model` is not a `flax.linen.Module`.
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
-    _check_model(model, variables)
+    _check_model(model)
     reader = (
         precise.stored_statistics
         if statistics == "running"
         else functools.partial(precise.batch_statistics, weights=None)
     )
     program, structure = observe.trace(model, variables, batch, call or _call, None)
-    precise.check_layers(program, model)
+    if statistics == "batch":
+        precise.check_layers(program, model)
     leaves, _ = program.run(jax.tree.leaves((variables, batch)), reader)
     return jax.tree.unflatten(structure, leaves)
 
@@ -165,7 +166,8 @@ def population_moments(
         A tree like `batch_stats`, with one Moments in the place of each layer's variables. Trees of different parts
         of the data merge by `flaxbn.merge`; `to_batch_stats` turns them into statistics.
     """
-    _check_model(model, variables)
+    _check_model(model)
+    _check_batch_stats(variables)
     data.check_arrays(batches, batch_size)
     data.check_positive("batch_size", batch_size)
     data.check_positive("num_samples", num_samples)
@@ -265,12 +267,15 @@ def _warn_called_twice(results: list[precise.Result], layers: stored.StoredLayer
         )
 
 
-def _check_model(model: Any, variables: Any) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
             "method or a compiled function, inside which the batch-norm layers cannot be seen."
         )
-    if not isinstance(variables, Mapping) or not jax.tree.leaves(variables.get("batch_stats", {})):
+
+
+def _check_batch_stats(variables: Any) -> None:
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")

@@ -191,8 +191,7 @@ def train_step(
 @functools.partial(jax.jit, static_argnames=("model", "statistics"))
 def count_correct(variables, split: data.Split, index, counted, *, model: CNN, statistics: str) -> jax.Array:
     images = split.images[index]
-    batch = statistics == "batch"
-    logits = flaxbn.apply(model, variables, images, statistics="batch") if batch else model.apply(variables, images)
+    logits = flaxbn.apply(model, variables, images, statistics=statistics)
     return jnp.sum((logits.argmax(-1) == split.labels[index]) & counted)
 
 

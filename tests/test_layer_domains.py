@@ -1,5 +1,7 @@
 """Layers with statistics for each domain: a mixed batch is its domains run alone."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -67,12 +69,12 @@ def test_a_mixed_batch_is_its_domains_run_alone(kind, affine, mask):
     y, stats, dparams, dx = run(layer, variables, X, G, mask, domain=DOMAIN)
     expected_dparams = jax.tree.map(np.zeros_like, variables["params"])
     for d in (0, 2):
-        rows = DOMAIN == d
+        rows = d == DOMAIN
         alone = of_domain(variables, d, affine)
         found = run(LAYERS[kind](), alone, X[rows], G[rows], None if mask is None else mask[rows])
         # float32 sums of up to 36 terms of order 1, in another order.
         chex.assert_trees_all_close(found[0], y[rows], atol=2e-6, rtol=1e-5)
-        chex.assert_trees_all_close(found[1], jax.tree.map(lambda a: a[d], stats), atol=1e-6, rtol=1e-6)
+        chex.assert_trees_all_close(found[1], jax.tree.map(lambda a, d=d: a[d], stats), atol=1e-6, rtol=1e-6)
         chex.assert_trees_all_close(found[3], dx[rows], atol=5e-6, rtol=1e-5)
         for key, grad in found[2].items():
             if affine:
@@ -114,9 +116,9 @@ def test_evaluation_uses_the_statistics_of_the_domain(domain):
 def test_a_large_mean_loses_nothing():
     x = X + 1e4 * (1 + DOMAIN[:, None, None, None]).astype(np.float32)
     layer = flaxbn.BatchNorm(num_domains=D, momentum=0.0)
-    y, new = layer.apply(stored(), x, False, domain=DOMAIN, mutable=["batch_stats"])
+    _, new = layer.apply(stored(), x, False, domain=DOMAIN, mutable=["batch_stats"])
     for d in (0, 2):
-        exact = x[DOMAIN == d].astype(np.float64).var((0, 1, 2))
+        exact = x[d == DOMAIN].astype(np.float64).var((0, 1, 2))
         np.testing.assert_allclose(new["batch_stats"]["var"][d], exact, rtol=1e-5)
 
 
@@ -138,7 +140,8 @@ def test_traced_numbers_out_of_range_touch_no_domain(domain, mixed, kind):
     variables = with_steps(stored(), layer)
     numbers = jnp.where(jnp.arange(B) < 6, domain, 2) if mixed else jnp.array(domain)
     for train in (True, False):
-        y, new = jax.jit(lambda n: layer.apply(variables, X, not train, domain=n, mutable=["batch_stats"]))(numbers)
+        run = functools.partial(layer.apply, variables, X, not train, mutable=["batch_stats"])
+        y, new = jax.jit(lambda n, run=run: run(domain=n))(numbers)
         touched = [2] if mixed and train else []
         for d in set(range(D)) - set(touched):
             old = jax.tree.map(lambda a, d=d: a[d], variables["batch_stats"])
