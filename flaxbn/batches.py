@@ -27,7 +27,7 @@ def check_arrays(batches: Any, batch_size: int | None) -> None:
             f"`batches` must be an iterable of batches where `batch_size` is not given: got {_described(batches)}. To "
             "have arrays cut into batches, pass `batch_size`; to pass one batch, pass a list of it."
         )
-    if batch_size is not None and isinstance(batches, Iterator):
+    if batch_size is not None and isinstance(batches, Iterator | list):
         raise TypeError(
             f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
             "`batch_size` out for an iterator, whose batches are taken as they are."
@@ -40,19 +40,26 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
 
 
-def strided_rows(samples: int, batch_size: int, num_samples: int | None) -> list[np.ndarray]:
+def evenly_spaced(arrays: Any, num_samples: int | None) -> Any:
+    """`num_samples` samples, evenly spaced over the whole; all where it is None."""
+    samples = count_samples(arrays)
+    _check_enough(samples, num_samples)
+    if num_samples is None:
+        return arrays
+    chosen = np.arange(num_samples, dtype=np.int64) * samples // num_samples
+    return jax.tree.map(lambda a: a[chosen], arrays)
+
+
+def strided_rows(samples: int, batch_size: int) -> list[np.ndarray]:
     """Sample indices of all batches, in groups of batches of one size: int arrays (batches, size).
 
-    `num_samples` takes that many samples, evenly spaced over the whole. With `K = ceil(n / batch_size)` batches, batch
-    k holds the samples k, k + K, k + 2K, ...: all batches are of nearly equal size, and data sorted by class is mixed.
+    With `K = ceil(n / batch_size)` batches, batch k holds the samples k, k + K, k + 2K, ...: all batches are of nearly
+    equal size, and data sorted by class is mixed.
     """
-    taken = samples if num_samples is None else num_samples
-    _check_enough(samples, num_samples)
-    chosen = np.arange(taken, dtype=np.int64) * samples // taken
-    count = -(-taken // batch_size)
-    larger = taken % count
-    rows = [chosen[k::count] for k in range(count)]
-    return [np.stack(group).astype(np.int32) for group in (rows[:larger], rows[larger:]) if group]
+    count = -(-samples // batch_size)
+    larger = samples % count
+    rows = [np.arange(k, samples, count, dtype=np.int32) for k in range(count)]
+    return [np.stack(group) for group in (rows[:larger], rows[larger:]) if group]
 
 
 def stream(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:

@@ -95,7 +95,8 @@ class BatchNorm(nn.Module):
                 holds, NaN included, reaches neither statistics, gradients nor other positions.
             domain: with `num_domains`, the number of the domain of the whole batch, or an int array (B,) along the
                 leading axis with that of each example. Each example is normalized by the statistics of its domain,
-                exactly as if it ran with the examples of that domain alone; a domain without examples is not updated.
+                exactly as if it ran with the examples of that domain alone. A domain without examples is not updated,
+                nor is one with a single value per channel, which is normalized by its running average.
                 A traced number out of range updates nothing and gives NaN.
             update_running_average: update the stored statistics with this batch; by default in training. Channels
                 of total weight 0, or whose batch statistics are not finite, are not updated.
@@ -131,24 +132,27 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
+        if domain is not None and domain.ndim == 0 and self._members_may_differ(features):
+            domain = jnp.broadcast_to(domain, x.shape[:1])
         row = domain if domain is not None and domain.ndim == 0 else None
         sharing = Sharing(others) if row is not None else Sharing(others, domain, self.num_domains)
         if self.domain_affine:
             scale, bias = _row(scale, row), _row(bias, row)
-        running = used = _Statistics(_row(stored_mean.value, row), _row(stored_var.value, row))
-        pivot, residual = running.mean, None
+        running = _Statistics(_row(stored_mean.value, row), _row(stored_var.value, row))
+        pivot, residual, var = running.mean, None, running.var
         if update or not use_running_average:
             batch_pivot, deviation = self._measure(x, sharing, weights)
             batch = deviation._replace(mean=batch_pivot + deviation.mean)
+            seen = batch.count > self._least_count(sharing, mask)
         if not use_running_average:
-            seen = batch.count > 0
-            pivot, residual = jnp.where(seen, batch_pivot, running.mean), deviation.mean
-            used = _Statistics(jnp.where(seen, batch.mean, running.mean), jnp.where(seen, batch.var, running.var))
+            pivot = jnp.where(seen, batch_pivot, running.mean)
             if row is not None:
                 pivot = jnp.where(row < shape[0], pivot, jnp.nan)
-            scale, bias = self._training_affine(used, running, scale, bias, row)
+            residual, var = jnp.where(seen, deviation.mean, 0), jnp.where(seen, batch.var, running.var)
+            about_pivot = _Statistics(residual, var), _Statistics(running.mean - pivot, running.var)
+            scale, bias = self._training_affine(*about_pivot, scale, bias, row)
         if update:
-            usable = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+            usable = seen & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
             for variable, old, new in zip((stored_mean, stored_var), running, batch[1:]):
                 variable.value = _with_row(variable.value, row, _updated(old, new, self.momentum, usable))
         if update or self.is_initializing():
@@ -157,7 +161,7 @@ class BatchNorm(nn.Module):
         y = normalize(
             x,
             pivot,
-            used.var,
+            var,
             scale=_leading(scale, pivot),
             bias=_leading(bias, pivot),
             epsilon=self.epsilon,
@@ -181,6 +185,24 @@ class BatchNorm(nn.Module):
             axis_name=axis_name,
             axis_index_groups=self.axis_index_groups,
         )
+
+    @nn.nowrap
+    def _members_may_differ(self, features: tuple[int, ...]) -> bool:
+        """Whether members of `axis_name` may run different domains, which are then told apart by example."""
+        if self.axis_name is None or self.is_initializing():
+            return False
+        if 0 in features:
+            raise ValueError(
+                "With `num_domains` and `axis_name` the leading axis of x must be that of examples: got feature axes "
+                f"{features}."
+            )
+        return True
+
+    @nn.nowrap
+    def _least_count(self, sharing: Sharing, mask: Array | None) -> int:
+        """Statistics of this weight or less are not used; a domain's single value would have a constant output."""
+        single = sharing.domain is not None and not self._accepts_single_value()
+        return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
 
     @nn.nowrap
     def _accepts_single_value(self) -> bool:
@@ -239,7 +261,7 @@ class BatchRenorm(BatchNorm):
                 "Use BatchNorm for complex input."
             )
         steps = _row(self._steps(), row)
-        bounds = (b(steps) if callable(b) else b for b in (self.r_max, self.d_max))
+        bounds = (_scheduled(b, steps) for b in (self.r_max, self.d_max))
         r_max, d_max = (_expanded(b, batch.var.ndim) for b in bounds)
         corrected = correction(batch, running, r_max=r_max, d_max=d_max, epsilon=self.epsilon)
         return corrected_affine(corrected, _leading(scale, batch.var), _leading(bias, batch.var))
@@ -321,6 +343,13 @@ def _with_row(a: Array, row: Array | None, new: Array) -> Array:
     return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")
 
 
+def _scheduled(bound: float | optax.Schedule, steps: Array) -> Any:
+    """A bound at a step, or at each of several: schedules take one."""
+    if not callable(bound):
+        return bound
+    return jax.vmap(bound)(steps) if steps.ndim else bound(steps)
+
+
 def _expanded(bound: Any, ndim: int) -> Any:
     """A bound for each domain, shaped to broadcast against statistics; one bound for all as it is."""
     bound = jnp.asarray(bound)
@@ -333,7 +362,8 @@ def _leading(a: Array | None, like: Array) -> Array | None:
 
 def _updated(old: Array, new: Array, momentum: float, usable: Array) -> Array:
     dtype = jnp.promote_types(widen(old.dtype), _stored_dtype(new.dtype))
-    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new, momentum), old)).astype(dtype)
+    old = old.astype(dtype)
+    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
 
 
 def _stored_dtype(dtype: Any) -> Any:

@@ -67,6 +67,8 @@ def measure(
     Raises:
         ValueError: if `weights` has another rank than `x` or an axis that is neither 1 nor that of `x`.
     """
+    if any(not -x.ndim <= axis < x.ndim for axis in axes):
+        raise ValueError(f"`axes` must lie within the rank of the values: got {tuple(axes)} for shape {x.shape}.")
     sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
     return measure_shared(x, sharing, weights=weights, fast=fast, dtype=dtype)
 
@@ -95,7 +97,8 @@ def measure_deviations(
     against the standard deviation. With `axis_name` the values are those of all members of that mapped axis, or of
     the groups of it, as in `merge_across`; two `psum`s.
     """
-    x = x.astype(dtype or widen(x.dtype))
+    inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    x = x.astype(dtype if inexact else widen(x.dtype))
     real = x.real.dtype
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, real)
@@ -119,7 +122,7 @@ def measure_deviations(
         pivot = jnp.zeros(count.shape, x.dtype)
     else:
         count, first = across((count, sharing.total(weights * x)))
-        pivot = jax.lax.stop_gradient(first / _divisor(count)).astype(x.dtype)
+        pivot = _pivot(first, count).astype(x.dtype)
     moments = _about(sharing.spread(pivot), weights, x, jnp.zeros((), real), count, total)
     wide = widen(x.dtype)
     return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(widen(real)))
@@ -175,6 +178,15 @@ def merge_across(
     return _merge_by(total, moments)
 
 
+def merge_segments(moments: Moments, segments: Array, num_segments: int) -> Moments:
+    """Merges those of the Moments along axis 0 that have the same number in `segments`."""
+
+    def total(values: Any) -> Any:
+        return jax.tree.map(lambda v: jax.ops.segment_sum(v, segments, num_segments), values)
+
+    return _merge_by(total, moments, lambda statistics: statistics[segments])
+
+
 def is_moments(value: Any) -> bool:
     """Whether `value` is a Moments: for `is_leaf` of tree functions."""
     return isinstance(value, Moments)
@@ -190,10 +202,12 @@ def _merge(*moments: Moments) -> Moments:
     return merge_along(Moments(*(field.astype(widen(field.dtype)) for field in fields)))
 
 
-def _merge_by(total: Callable[[Any], Any], moments: Moments) -> Moments:
+def _merge_by(
+    total: Callable[[Any], Any], moments: Moments, spread: Callable[[Array], Array] = lambda statistics: statistics
+) -> Moments:
     count, first = total((moments.count, moments.count * moments.mean))
-    pivot = jax.lax.stop_gradient(first / _divisor(count))
-    merged = _about(pivot, moments.count, moments.mean, moments.var, count, total)
+    pivot = _pivot(first, count)
+    merged = _about(spread(pivot), moments.count, moments.mean, moments.var, count, total)
     return merged._replace(mean=pivot + merged.mean)
 
 
@@ -201,9 +215,23 @@ def _about(pivot: Array, weights: Array, mean: Array, var: Array, count: Array, 
     """The Moments of `value - pivot`, the values being given in parts (weight, mean, var)."""
     deviation = mean - pivot
     first, second = total((weights * deviation, weights * (var + _abs2(deviation))))
-    divisor = _divisor(count).astype(var.dtype)
+    divisor = _divisor(count)
     shift = first / divisor
     return Moments(count, shift, _nonnegative(second / divisor - _abs2(shift)))
+
+
+def _pivot(first: Array, count: Array) -> Array:
+    """The mean, rounded to fewer digits than its dtype has.
+
+    A division that XLA contracts with the subtractions that follow would be rounded in some of them and not in others,
+    and the deviations would be from different pivots. This rounding cannot be contracted.
+    """
+    pivot = jax.lax.stop_gradient(first / _divisor(count))
+    kept = jnp.finfo(pivot.dtype)
+    if jnp.iscomplexobj(pivot):
+        parts = (jax.lax.reduce_precision(part, kept.nexp, kept.nmant - 1) for part in (pivot.real, pivot.imag))
+        return jax.lax.complex(*parts)
+    return jax.lax.reduce_precision(pivot, kept.nexp, kept.nmant - 1)
 
 
 def _abs2(x: Array) -> Array:

@@ -121,23 +121,34 @@ _observing = jax.make_user_context(None)
 
 def trace(
     model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call, rngs: Mapping[str, Array] | None
-) -> tuple["Program", Any]:
-    """Traces the evaluation of `model` on `batch`, and returns the program and the structure of its output.
+) -> tuple["Program", Callable[[list[Any]], Any]]:
+    """Traces the evaluation of `model` on `batch`: the program, and what makes its outputs those of `call`.
 
     The arguments may be abstract. Everything but the parameters is mutable in the trace, and what the model changes
-    is dropped. Dropout is off.
+    is dropped. `nn.Dropout` layers are off.
     """
-    shapes: list[Any] = []
+    returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
         with nn.intercept_methods(_interceptor()), _observing(True):
             output, _ = model.apply(variables, batch, rngs=rngs, method=call, mutable=DenyList("params"))
         leaves, structure = jax.tree.flatten(output)
-        shapes.append(structure)
-        return leaves
+        returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves]))
+        return [leaf for leaf in leaves if is_array(leaf)]
 
     closed = jax.make_jaxpr(forward)(variables, batch, rngs)
-    return Program(closed.jaxpr, closed.consts), shapes[0]
+    structure, leaves = returned[0]
+
+    def finish(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        return jax.tree.unflatten(structure, [next(given) if leaf is None else leaf for leaf in leaves])
+
+    return Program(closed.jaxpr, closed.consts), finish
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, traced or not; other leaves are kept as they are."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def _interceptor() -> Callable[..., Any]:
@@ -240,7 +251,8 @@ class Program:
         Computes what the known arguments determine and nothing else; returns the outputs and the means, stacked as
         the records of `run` are. All branches of a `cond` are read.
         """
-        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*self.consts, *args)))
+        consts = (UNKNOWN if isinstance(c, jax.core.Tracer) else c for c in self.consts)
+        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*consts, *args)))
         means: list[Any] = []
         for eqn in self.jaxpr.eqns:
             values = [_read(env, v) for v in eqn.invars]

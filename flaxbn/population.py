@@ -1,6 +1,5 @@
 """Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,8 +13,7 @@ from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import observe, precise, stored
-from flaxbn.moments import widen
-from flaxbn.observe import Call
+from flaxbn.observe import Call, Tap
 
 
 def apply(
@@ -51,16 +49,27 @@ def apply(
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
     _check_model(model)
-    reader = (
-        precise.stored_statistics
-        if statistics == "running"
-        else functools.partial(precise.batch_statistics, weights=None)
-    )
-    program, structure = observe.trace(model, variables, batch, call or _call, None)
+    if "batch_stats" in variables:
+        variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
+    leaves, structure = jax.tree.flatten(batch)
+    arrays = [leaf for leaf in leaves if observe.is_array(leaf)]
+
+    def run(module: Any, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        restored = [next(given) if observe.is_array(leaf) else leaf for leaf in leaves]
+        return (call or _call)(module, jax.tree.unflatten(structure, restored))
+
+    program, finish = observe.trace(model, variables, arrays, run, None)
+    switched = set()
     if statistics == "batch":
         precise.check_layers(program, model)
-    leaves, _ = program.run(jax.tree.leaves((variables, batch)), reader)
-    return jax.tree.unflatten(structure, leaves)
+        entries = stored.entries_read(program, variables, len(arrays))
+        switched = {site for site, read in enumerate(entries) if read is not None}
+
+    def on_tap(tap: Tap) -> Any:
+        return precise.batch_statistics(tap, None) if tap.site in switched else precise.stored_statistics(tap)
+
+    return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
 
 
 def estimate_population_stats(
@@ -105,13 +114,15 @@ def estimate_population_stats(
         num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
         method: "precise", as described above.
         sample_weight: `batch -> (B,)`, the weights of the samples, in statistics and normalization alike. A sample
-            whose weight is not positive takes no part, whatever it holds.
+            whose weight is not positive takes no part, whatever it holds. Layers must keep the samples in the order of
+            the batch.
         only: `path -> bool`, the layers to estimate, by their paths in `batch_stats` joined by "/". The others keep
             and use their stored statistics.
         keep_unseen: leave what saw no data, a domain for example, with its stored statistics, where it is an error
             otherwise.
         sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
-            A batch is then the global batch; what does not divide is padded with samples of weight 0.
+            A batch is then the global batch; what does not divide is padded with samples of weight 0, which models
+            that mix the samples of a batch would see. Arrays given with `batch_size` are held whole by each device.
         rngs: random keys that `call` needs; each batch gets its own.
 
     Returns:
@@ -177,17 +188,20 @@ def population_moments(
             "outside of `jax.jit`, `jax.pmap` and other transformations."
         )
     layers = stored.stored_layers(variables["batch_stats"])
-    wanted = _wanted_layers(layers, only)
-    setting = precise.Setting(precise.Key(model), call or _call, sample_weight, only, sharding)
+    wanted = _wanted_layers(layers, only, model)
+    setting = precise.Setting(
+        precise.Key(model), call or _call, sample_weight, frozenset(wanted.entries), sharding, _tracing_options()
+    )
     variables, rngs = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
-    wide = jax.tree.map(lambda a: a.astype(widen(a.dtype)), variables["batch_stats"])
-    variables = {**variables, "batch_stats": wide}
+    variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
     if sharding is not None:
         variables, rngs = jax.device_put((variables, rngs), precise.replicated(sharding))
     if batch_size is None:
         passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
     else:
-        passes = precise.pass_over_arrays(setting, variables, rngs, batches, batch_size, num_samples)
+        passes = precise.pass_over_arrays(
+            setting, variables, rngs, data.evenly_spaced(batches, num_samples), batch_size
+        )
     return _merged(passes, layers, wanted, keep_unseen=keep_unseen)
 
 
@@ -211,10 +225,23 @@ def _call(module: Any, batch: Any) -> Any:
     return module(batch)
 
 
-def _wanted_layers(layers: stored.StoredLayers, only: Callable[[str], bool] | None) -> stored.StoredLayers:
+def _tracing_options() -> tuple[Any, ...]:
+    """What decides how jax traces, besides shapes."""
+    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+    return tuple(getattr(jax.config, name) for name in names)
+
+
+def _wanted_layers(
+    layers: stored.StoredLayers, only: Callable[[str], bool] | None, model: nn.Module
+) -> stored.StoredLayers:
+    if not layers.entries:
+        raise ValueError(
+            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
+            "none."
+        )
     wanted = stored.select(layers, only)
     if not wanted.entries:
-        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries) or "no layer in `batch_stats`"
+        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
         raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
     return wanted
 
@@ -222,7 +249,7 @@ def _wanted_layers(layers: stored.StoredLayers, only: Callable[[str], bool] | No
 def _merged(
     results: list[precise.Result], layers: stored.StoredLayers, wanted: stored.StoredLayers, *, keep_unseen: bool
 ) -> Any:
-    results = [precise.Result(r.source, *jax.device_get((r.moments, r.first_bad))) for r in results]
+    results = [precise.Result(r.source, r.steps, *jax.device_get((r.moments, r.first_bad))) for r in results]
     _check_finite(results, layers)
     contributions = [c for r in results for c in zip(r.source.entries, r.moments)]
     moments = stored.collect(contributions, layers)
@@ -230,7 +257,8 @@ def _merged(
     if unseen and not keep_unseen:
         raise ValueError(
             f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
-            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`."
+            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
+            "layer whose statistics are computed from what is stored, not read, counts as not seen.)"
         )
     _warn_called_twice(results, wanted)
     return stored.as_tree({path: moments[path] for path in wanted.entries})
@@ -238,12 +266,12 @@ def _merged(
 
 def _check_finite(results: list[precise.Result], layers: stored.StoredLayers) -> None:
     for result in results:
-        for entries, step in zip(result.source.entries, result.first_bad):
-            if step >= 0:
+        for entries, bad in zip(result.source.entries, result.first_bad):
+            if bad >= 0:
                 path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
                 raise ValueError(
-                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch {step} "
-                    "(counted from 0), so its input holds NaN or infinite values, or overflows."
+                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch "
+                    f"{result.steps[bad]} (counted from 0), so its input holds NaN or infinite values, or overflows."
                 )
 
 

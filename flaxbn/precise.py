@@ -1,9 +1,10 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
 import functools
+import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from flaxbn.observe import Call, Tap
 from flaxbn.sharing import Sharing
 
 _CHUNK = 256
+_CHUNK_BYTES = 2**26
 _AHEAD = 2
 
 
@@ -30,10 +32,10 @@ class Key:
         self.model = model
         try:
             self._hash = hash(model)
-            self._by_value = True
+            self.by_value = True
         except TypeError:
             self._hash = id(model)
-            self._by_value = False
+            self.by_value = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -43,9 +45,7 @@ class Key:
             return NotImplemented
         if self.model is other.model:
             return True
-        return (
-            self._by_value and other._by_value and type(self.model) is type(other.model) and self.model == other.model
-        )
+        return self.by_value and other.by_value and type(self.model) is type(other.model) and self.model == other.model
 
 
 class Setting(NamedTuple):
@@ -54,8 +54,9 @@ class Setting(NamedTuple):
     key: Key
     call: Call
     sample_weight: Callable[[Any], Array] | None
-    only: Callable[[str], bool] | None
+    wanted: frozenset[stored.Path]
     sharding: NamedSharding | None
+    options: tuple[Any, ...]
 
 
 def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
@@ -122,23 +123,26 @@ class Pass:
         self.program, _ = observe.trace(setting.key.model, variables, batch, setting.call, rngs)
         check_layers(self.program, setting.key.model)
         entries = stored.entries_read(self.program, variables, len(jax.tree.leaves((batch, rngs))))
-        layers = stored.select(stored.stored_layers(variables["batch_stats"]), setting.only)
-        wanted = np.concatenate([np.zeros(0, int), *map(np.ravel, layers.entries.values())])
-        self.sites = [i for i, e in enumerate(entries) if np.isin(e, wanted).all()]
-        self.entries = [entries[i] for i in self.sites]
+        layers = stored.stored_layers(variables["batch_stats"])
+        wanted = np.concatenate([np.ravel(layers.entries[path]) for path in setting.wanted])
+        found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
+        self.sites, self.entries = list(found), list(found.values())
+        channels = sum(e.size for e in self.entries)
+        self.chunk = min(_CHUNK, max(1, _CHUNK_BYTES // (12 * max(channels, 1))))
         self.batch_axes: dict[int, int] = {}
         if shapes.padded or setting.sample_weight is not None:
+            size = data.count_samples(batch)
             variables, batch, rngs = shapes.abstract(grow=1)
             longer, _ = observe.trace(setting.key.model, variables, batch, setting.call, rngs)
-            self.batch_axes = {i: _batch_axis(self.program, longer, i) for i in self.sites}
+            self.batch_axes = {i: _batch_axis(self.program, longer, i, size) for i in self.sites}
         self.scan = jax.jit(self._scan)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.merge = jax.jit(_merge_steps)
 
     def zeros(self, *args: Any) -> list[Moments]:
-        """Room for the moments of `_CHUNK` batches: zeros, which merging ignores."""
+        """Room for the moments of a chunk of batches: zeros, which merging ignores."""
         shapes = jax.eval_shape(self._moments, *args)
-        return jax.tree.map(lambda s: jnp.zeros((_CHUNK, *s.shape), s.dtype), shapes)
+        return jax.tree.map(lambda s: jnp.zeros((self.chunk, *s.shape), s.dtype), shapes)
 
     def _moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
         weights = self._weights(batch, present)
@@ -176,36 +180,36 @@ class Pass:
             return k + 1, self._moments(variables, rngs, batch, present, k)
 
         _, steps = jax.lax.scan(step, first, rows)
-        return _merge_steps(steps, first)
+        return _merge_steps(steps)
 
     def _step(
-        self, buffer: list[Moments], variables: Any, rngs: Any, batch: Any, present: Any, step: Any
+        self, buffer: list[Moments], slot: Any, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
     ) -> tuple[list[Moments], Array]:
         moments = self._moments(variables, rngs, batch, present, step)
-        return jax.tree.map(lambda b, m: b.at[step % _CHUNK].set(m), buffer, moments), step + 1
+        return jax.tree.map(lambda b, m: b.at[slot].set(m), buffer, moments), step + 1
 
 
-def _merge_steps(steps: list[Moments], first: Any) -> tuple[list[Moments], Array]:
+def _merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
     """The moments of all steps merged; and for each tap the first step whose moments are not finite, or -1."""
 
     def first_bad(moments: Moments) -> Array:
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         finite = jnp.all(finite.reshape(len(finite), -1), 1)
-        return jnp.where(jnp.all(finite), -1, first + jnp.argmin(finite))
+        return jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
 
     return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
 
 
-def _batch_axis(program: observe.Program, longer: observe.Program, site: int) -> int:
+def _batch_axis(program: observe.Program, longer: observe.Program, site: int, size: int) -> int:
     before, after = program.tap_inputs(), longer.tap_inputs()
     if len(before) == len(after):
         changed = [i for i, (a, b) in enumerate(zip(before[site].shape, after[site].shape)) if a != b]
-        if len(changed) == 1 and after[site].shape[changed[0]] == before[site].shape[changed[0]] + 1:
+        if len(changed) == 1 and (before[site].shape[changed[0]], after[site].shape[changed[0]]) == (size, size + 1):
             return changed[0]
     raise ValueError(
-        f"To weight samples, the batch axis of each layer's input must be known: the input of "
-        f"{program.layer_names()[site]} has shape {before[site].shape}, and no single axis of it grows by one when the "
-        "batch does. Leave the layer out by `only`, or give weight to whole batches by repeating them."
+        f"To weight samples, or pad them for `sharding`, the batch axis of each layer's input must be known: the input "
+        f"of {program.layer_names()[site]} has shape {before[site].shape}, and no single axis of it has the length of "
+        "the batch and grows with it. Leave the layer out by `only`, or repeat batches to give them weight."
     )
 
 
@@ -218,65 +222,80 @@ def check_layers(program: observe.Program, model: nn.Module) -> None:
         )
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled_pass(setting: Setting, shapes: _Shapes) -> Pass:
+@functools.lru_cache(maxsize=16)
+def _cached_pass(setting: Setting, shapes: _Shapes) -> Pass:
     return Pass(setting, shapes)
 
 
+class _Passes(dict[_Shapes, Pass]):
+    """The compiled passes of one estimate by shape; they outlive it only if nothing in `setting` can change."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        functions = (setting.call, setting.sample_weight)
+        self._lasting = setting.key.by_value and not any(inspect.ismethod(f) for f in functions)
+
+    def __missing__(self, shapes: _Shapes) -> Pass:
+        self[shapes] = _cached_pass(self._setting, shapes) if self._lasting else Pass(self._setting, shapes)
+        return self[shapes]
+
+
 class Result(NamedTuple):
-    """The merged moments of a chunk of batches, on the device."""
+    """The merged moments of a chunk of batches, on the device; and for each tap which of `steps` is not finite."""
 
     source: Pass
+    steps: Sequence[int]
     moments: list[Moments]
     first_bad: Array
 
 
-def pass_over_arrays(
-    setting: Setting, variables: Any, rngs: Any, arrays: Any, batch_size: int, num_samples: int | None
-) -> list[Result]:
+def pass_over_arrays(setting: Setting, variables: Any, rngs: Any, arrays: Any, batch_size: int) -> list[Result]:
     """The moments of arrays in strided batches, by scans on the device."""
-    groups = data.strided_rows(data.count_samples(arrays), batch_size, num_samples)
+    groups = data.strided_rows(data.count_samples(arrays), batch_size)
     arrays = jax.tree.map(jnp.asarray, arrays)
     if setting.sharding is not None:
         arrays = jax.device_put(arrays, replicated(setting.sharding))
+    passes = _Passes(setting)
     results, first = [], 0
     for rows in groups:
         present = data.padding(rows.shape[1], data.shards(setting.sharding))
         if present is not None:
             rows = np.pad(rows, ((0, 0), (0, len(present) - rows.shape[1])), mode="edge")
         batch = jax.tree.map(lambda a, n=rows.shape[1]: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype), arrays)
-        source = _compiled_pass(setting, _shapes(variables, batch, rngs, padded=present is not None))
-        for chunk in np.array_split(rows, -(-len(rows) // _CHUNK)):
-            results.append(Result(source, *source.scan(variables, rngs, arrays, chunk, present, first)))
+        source = passes[_shapes(variables, batch, rngs, padded=present is not None)]
+        for chunk in np.array_split(rows, -(-len(rows) // source.chunk)):
+            steps = range(first, first + len(chunk))
+            results.append(Result(source, steps, *source.scan(variables, rngs, arrays, chunk, present, first)))
             first += len(chunk)
     return results
 
 
 def pass_over_stream(setting: Setting, variables: Any, rngs: Any, batches: Iterable[Any]) -> list[Result]:
     """The moments of a stream of batches; nothing is read back from the device."""
+    passes = _Passes(setting)
     results: list[Result] = []
     buffers: dict[Pass, list[Moments]] = {}
+    steps: dict[Pass, list[int]] = {}
     ahead: deque[Any] = deque()
-    chunk = 0
 
-    def flush() -> None:
-        results.extend(Result(p, *p.merge(buffer, chunk * _CHUNK)) for p, buffer in buffers.items())
-        buffers.clear()
+    def flush(source: Pass) -> None:
+        results.append(Result(source, steps.pop(source), *source.merge(buffers.pop(source))))
 
     for step, batch in enumerate(batches):
-        if step // _CHUNK != chunk:
-            flush()
-            chunk = step // _CHUNK
         batch, present = _placed(batch, setting.sharding)
-        source = _compiled_pass(setting, _shapes(variables, batch, rngs, padded=present is not None))
+        source = passes[_shapes(variables, batch, rngs, padded=present is not None)]
         args = (variables, rngs, batch, present, step)
         if source not in buffers:
-            buffers[source] = source.zeros(*args)
-        buffers[source], done = source.step(buffers[source], *args)
+            buffers[source], steps[source] = source.zeros(*args), []
+        buffers[source], done = source.step(buffers[source], len(steps[source]), *args)
+        steps[source].append(step)
+        if len(steps[source]) == source.chunk:
+            flush(source)
         ahead.append(done)
         if len(ahead) > _AHEAD:
             jax.block_until_ready(ahead.popleft())
-    flush()
+    for source in list(buffers):
+        flush(source)
     return results
 
 

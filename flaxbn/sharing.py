@@ -27,7 +27,7 @@ class Sharing:
     def total(self, values: Any) -> Any:
         """Sums a tree of arrays: of shape (*channels), or (num_domains, *channels)."""
         domain = self.domain
-        sums = jax.tree.map(lambda v: jnp.sum(v, self._inner), values)
+        sums = jax.tree.map(lambda v: jnp.sum(v, self._inner, dtype=jnp.promote_types(v.dtype, jnp.float32)), values)
         if domain is None:
             return sums
         return jax.tree.map(lambda v: jax.ops.segment_sum(v, domain, self.num_domains), sums)
@@ -35,7 +35,7 @@ class Sharing:
     def count(self, weights: Array, shape: tuple[int, ...]) -> Array:
         """The sum of weights of the rank of `shape`, each axis equal to that of `shape` or 1; float32 or wider."""
         repeats = math.prod(shape[axis] for axis in self._inner if weights.shape[axis] == 1)
-        sums = repeats * jnp.sum(weights, self._inner, dtype=jnp.promote_types(weights.dtype, jnp.float32))
+        sums = float(repeats) * jnp.sum(weights, self._inner, dtype=jnp.promote_types(weights.dtype, jnp.float32))
         sums = jnp.broadcast_to(sums, tuple(n for axis, n in enumerate(shape) if axis not in self._inner))
         return sums if self.domain is None else jax.ops.segment_sum(sums, self.domain, self.num_domains)
 

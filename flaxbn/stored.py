@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flaxbn.moments import Moments, is_moments, merge_along
+from flaxbn.moments import Moments, is_moments, merge_segments, widen
 from flaxbn.observe import UNKNOWN, Program
 
 Path = tuple[str, ...]
 
-_merge_along = jax.jit(merge_along)
+_merge_segments = jax.jit(merge_segments, static_argnums=2)
 
 
 class StoredLayers(NamedTuple):
@@ -38,60 +38,61 @@ def stored_layers(batch_stats: Any) -> StoredLayers:
             size = int(np.prod(shape))
             entries[names[:-1]] = np.arange(total + 1, total + 1 + size).reshape(shape)
             total += size
-    if total >= 2**24:
+    if total >= 2**23:
         raise ValueError(
-            f"`batch_stats` must hold fewer than {2**24} channels, to number them in float32: got {total}."
+            f"`batch_stats` must hold fewer than {2**23} channels, to number them in float32: got {total}."
         )
     return StoredLayers(entries, total)
 
 
-def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: int) -> list[np.ndarray]:
+def widened(batch_stats: Any) -> Any:
+    """`batch_stats` with the statistics of all layers in float32 or wider."""
+    layers = stored_layers(batch_stats)
+
+    def wide(path: Any, leaf: Any) -> Any:
+        names = _names(path)
+        is_statistic = names[:-1] in layers.entries and names[-1] in ("mean", "var")
+        return jnp.asarray(leaf, widen(leaf.dtype)) if is_statistic else leaf
+
+    return jax.tree_util.tree_map_with_path(wide, batch_stats)
+
+
+def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: int) -> list[np.ndarray | None]:
     """For each tap of a program the numbers of the entries that it reads, stacked as the program's records are.
 
-    The program's arguments are the leaves of `variables`, then `other_leaves` more.
+    The program's arguments are the leaves of `variables`, then `other_leaves` more. None stands for a tap that does
+    not read stored entries as they are: a layer of another model, or statistics that are computed on the way.
     """
-    layers = stored_layers(variables["batch_stats"])
+    layers = stored_layers(variables.get("batch_stats", {}))
 
-    def known(path: Any, leaf: Any) -> Any:
-        names = _names(path)
-        if names[:1] != ("batch_stats",) or names[-1] != "mean" or names[1:-1] not in layers.entries:
-            return UNKNOWN
-        return jnp.asarray(layers.entries[names[1:-1]], leaf.dtype)
+    def means(first: int) -> list[Any]:
+        def known(path: Any, leaf: Any) -> Any:
+            names = _names(path)
+            if names[:1] != ("batch_stats",) or names[-1:] != ("mean",) or names[1:-1] not in layers.entries:
+                return UNKNOWN
+            return jnp.asarray(layers.entries[names[1:-1]] + first, leaf.dtype)
 
-    leaves = [known(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]]
-    _, means = program.read_by_taps(leaves + [UNKNOWN] * other_leaves)
-    return [_checked_entries(mean, layers.total, name) for mean, name in zip(means, program.layer_names())]
+        leaves = [known(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]]
+        with jax.ensure_compile_time_eval():
+            return program.read_by_taps(leaves + [UNKNOWN] * other_leaves)[1]
+
+    return [_entries(*pair, layers.total) for pair in zip(means(0), means(layers.total))]
 
 
-def _checked_entries(mean: Any, total: int, layer: str) -> np.ndarray:
-    entries = np.zeros(()) if mean is UNKNOWN else np.real(np.asarray(mean))
-    if not np.all((entries >= 1) & (entries <= total) & (entries == np.round(entries))):
-        raise ValueError(
-            f"{layer} must read its statistics from 'batch_stats' as they are stored: they are computed on the way, or "
-            "depend on the data. Leave the layer out by `only`."
-        )
-    return entries.astype(np.int64)
+def _entries(mean: Any, shifted: Any, total: int) -> np.ndarray | None:
+    """The entries in what a tap reads; two numberings tell them from constants, and from rounded ones."""
+    if mean is UNKNOWN or shifted is UNKNOWN:
+        return None
+    entries, again = (np.real(np.asarray(a)) for a in (mean, shifted))
+    return entries.astype(np.int64) if np.all(again - total == entries) else None
 
 
 def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:
     """Merges moments of calls into those of the entries that the calls read."""
     parts = list(contributions)
-    if not parts:
-        zeros = Moments(*np.zeros((3, layers.total), np.float32))
-        parts = [(np.arange(1, layers.total + 1), zeros)]
-    entries = np.concatenate([np.ravel(e) for e, _ in parts]) - 1
-    order = np.argsort(entries, kind="stable")
-    starts = np.searchsorted(entries[order], np.arange(layers.total))
-    rank = np.empty_like(entries)
-    rank[order] = np.arange(len(entries)) - starts[entries[order]]
-
-    def placed(field: int) -> Any:
-        values = np.concatenate([np.ravel(moments[field]) for _, moments in parts])
-        rows = np.zeros((rank.max() + 1, layers.total), values.dtype)
-        rows[rank, entries] = values
-        return rows
-
-    merged = jax.device_get(_merge_along(Moments(placed(0), placed(1), placed(2))))
+    entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
+    fields = [np.concatenate([np.zeros(0, np.float32), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3)]
+    merged = jax.device_get(_merge_segments(Moments(*map(jnp.asarray, fields)), entries, layers.total))
     return {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
 
 
@@ -113,7 +114,12 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
             return leaf
         value, count = getattr(by_path[names[:-1]], names[-1]), by_path[names[:-1]].count
         value = jnp.where(np.asarray(count) > 0, jnp.asarray(value, leaf.dtype), leaf)
-        return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+        if not np.all(np.isfinite(np.asarray(value, np.complex128))):
+            raise ValueError(
+                f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
+                f"`batch_stats` stores them: its {names[-1]} overflows {leaf.dtype}. Store it in float32."
+            )
+        return jax.device_put(value, leaf.sharding) if getattr(leaf, "committed", False) else value
 
     return jax.tree.unflatten(structure, [replaced(path, leaf) for path, leaf in leaves])
 

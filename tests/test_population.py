@@ -391,7 +391,7 @@ def test_inside_a_transformation_is_an_error():
         ({"other": flaxbn.Moments(*np.ones((3, 2)))}, "at 'other', where `batch_stats` holds nothing"),
         ({"norm": flaxbn.Moments(*np.ones((3, 4)))}, r"shape \(4,\) at 'norm'.*holds a mean of shape \(2,\)"),
         ({"norm": np.ones(2)}, "got ndarray at 'norm'"),
-        ({"norm": flaxbn.Moments(*np.zeros((3, 2)))}, "'norm' has a count of 0"),
+        ({"norm": flaxbn.Moments(*np.zeros((3, 2)))}, "'norm' saw none"),
     ],
 )
 def test_moments_that_do_not_fit_are_errors(moments, message):

@@ -22,7 +22,7 @@ from rich.console import Console
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-data, results, train_mnist = map(importlib.import_module, ("data", "results", "train_mnist"))
+data, results, train_mnist, training = map(importlib.import_module, ("data", "results", "train_mnist", "training"))
 
 MODES = ["none", "running", "unestimated", "population"]
 
@@ -198,7 +198,7 @@ def test_overwrite_begins_anew(tmp_path):
 
 
 def test_every_example_counts_once():
-    batches = train_mnist.evaluation_batches(10, 4)
+    batches = training.evaluation_batches(10, 4)
     assert [len(index) for index, _ in batches] == [4, 4, 4]
     assert sorted(np.concatenate([index[counted] for index, counted in batches])) == list(range(10))
 
