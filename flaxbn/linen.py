@@ -173,7 +173,7 @@ class BatchNorm(nn.Module):
     @nn.nowrap
     def _measure(self, x: Array, sharing: Sharing, weights: Array | None) -> tuple[Array, Moments]:
         axis_name = None if self.is_initializing() else self.axis_name
-        values = math.prod(x.shape[axis] for axis in sharing.axes) * _members(axis_name, self.axis_index_groups)
+        values = math.prod(x.shape[axis] for axis in sharing.axes) * members(axis_name, self.axis_index_groups)
         if values == 1 and not self.is_initializing() and not self._accepts_single_value():
             raise ValueError(_single_value_message(self, x.shape))
         return measure_deviations(
@@ -370,7 +370,8 @@ def _stored_dtype(dtype: Any) -> Any:
     return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
 
 
-def _members(axis_name: Any, axis_index_groups: Any) -> int:
+def members(axis_name: Any, axis_index_groups: Any) -> int:
+    """How many members of a mapped axis share statistics, in the smallest group; 1 without an axis."""
     if axis_name is None:
         return 1
     if axis_index_groups is not None:

@@ -73,11 +73,9 @@ def measure(
     return measure_shared(x, sharing, weights=weights, fast=fast, dtype=dtype)
 
 
-def measure_shared(
-    x: Inexact[Array, "..."], sharing: Sharing, *, weights: Array | None = None, fast: bool = False, dtype: Any = None
-) -> Moments:
-    """`measure` of positions that share statistics along axes, or by domain."""
-    pivot, deviation = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
+def measure_shared(x: Inexact[Array, "..."], sharing: Sharing, **options: Any) -> Moments:
+    """`measure` of positions that share statistics along axes, or by domain; options as of `measure_deviations`."""
+    pivot, deviation = measure_deviations(x, sharing, **options)
     return deviation._replace(mean=pivot + deviation.mean)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax.core import DenyList
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from flaxbn import linen
@@ -33,10 +34,11 @@ class Tap(NamedTuple):
         x: the layer's input.
         mean, var: the statistics that it reads.
         weights: the layer's mask as float weights of the rank of `x`, or None.
-        domain: the domain number of each example along the leading axis of `x`, or None.
+        domain: the domain number of all of `x`, or of each example along its leading axis, or None.
         axes: the axes of `x` over which it reduces.
         lanes: how many leading axes of all fields are lanes of vmap with statistics of their own, in a layer with
             domains; other layers have them among the channels.
+        axis_name, axis_index_groups: the mapped axis outside of the program over which the layer synchronizes.
         site: the number of the call in the order of the program.
         layer: the layer's class and path, for messages.
     """
@@ -48,6 +50,8 @@ class Tap(NamedTuple):
     domain: Array | None
     axes: tuple[int, ...]
     lanes: int
+    axis_name: Any
+    axis_index_groups: Any
     site: int
     layer: str
 
@@ -62,14 +66,23 @@ tap_p.multiple_results = True
 def _tap_value(x: Array, mean: Array, var: Array, *others: Array, **params: Any) -> list[Array]:
     """The stored statistics, in the dtype that the statistics of `x` have."""
     del others, params
-    dtype = jnp.promote_types(widen(x.dtype), mean.dtype)
-    return [jnp.asarray(mean, dtype), jnp.asarray(var, jnp.finfo(dtype).dtype)]
+    return [jnp.asarray(a, dtype) for a, dtype in zip((mean, var), _statistics_dtypes(x, mean))]
 
 
 @tap_p.def_abstract_eval
 def _tap_shapes(x: Any, mean: Any, var: Any, *others: Any, **params: Any) -> list[Any]:
-    shapes = jax.eval_shape(_tap_value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, mean, var)))
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    """The types of the statistics, which vary over the mapped axes that `x` varies over."""
+    del others, params
+    whole = x.sharding and x.sharding.update(spec=PartitionSpec(*[None] * mean.ndim))
+    return [
+        x.update(shape=a.shape, dtype=dtype, weak_type=False, sharding=whole)
+        for a, dtype in zip((mean, var), _statistics_dtypes(x, mean))
+    ]
+
+
+def _statistics_dtypes(x: Any, mean: Any) -> tuple[Any, Any]:
+    dtype = jnp.promote_types(widen(x.dtype), mean.dtype)
+    return dtype, jnp.finfo(dtype).dtype
 
 
 def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -81,32 +94,34 @@ def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _tap_batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
-    """Under vmap the lanes become axis 0 of x: more positions to reduce where all lanes share their statistics."""
+    """Under vmap: lanes with statistics of their own are channels; lanes that share theirs are positions to reduce."""
     size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
 
-    def lanes_first(a: Array, d: int | None) -> Array:
-        return jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+    def lanes_at(place: int, a: Array, d: int | None) -> Array:
+        if d is None:
+            a, d = jnp.broadcast_to(a, (size, *a.shape)), 0
+        return jnp.moveaxis(a, d, place)
 
-    (x, mean, var, *others), (_, mean_dim, var_dim, *_) = args, dims
-    x, *others = (lanes_first(a, d) for a, d in zip((x, *others), (dims[0], *dims[3:])))
+    (x, mean, var, *others), (x_dim, mean_dim, var_dim, *other_dims) = args, dims
+    own = mean_dim is not None or var_dim is not None
+    place = 0 if own else params["lanes"]
     moved = tuple(axis + 1 for axis in params["axes"])
-    if mean_dim is None and var_dim is None:
-        if params["has_domain"]:
-            x, *others = (a.reshape(-1, *a.shape[2:]) for a in _same_lengths(x, others))
-        else:
-            params["axes"] = (0, *moved)
+    if own:
+        mean, var = lanes_at(0, mean, mean_dim), lanes_at(0, var, var_dim)
+        params |= {"lanes": params["lanes"] + 1} if params["has_domain"] else {"axes": moved}
+    elif params["has_domain"] and others[-1].ndim - (other_dims[-1] is not None) > place:
+        x, *others = (lanes_at(place, a, d) for a, d in zip((x, *others), (x_dim, *other_dims)))
+        lengths = x.shape[: place + 2]
+        others = [jnp.broadcast_to(a, (*lengths, *a.shape[place + 2 :])) for a in others]
+        x, *others = (a.reshape(*lengths[:place], -1, *a.shape[place + 2 :]) for a in (x, *others))
         return tap_p.bind(x, mean, var, *others, **params), [None, None]
-    mean, var = lanes_first(mean, mean_dim), lanes_first(var, var_dim)
-    if params["has_domain"]:
-        params["lanes"] += 1
     else:
-        params["axes"] = moved
-    return tap_p.bind(x, mean, var, *others, **params), [0, 0]
-
-
-def _same_lengths(x: Array, others: Sequence[Array]) -> list[Array]:
-    """Arrays (lanes, examples, ...), whose examples some may have given once for all, given for each."""
-    return [x, *(jnp.broadcast_to(a, (*x.shape[:2], *a.shape[2:])) for a in others)]
+        params["axes"] = (0, *moved)
+        if params["has_domain"] and other_dims[-1] is None:
+            x, *weights = (lanes_at(place, a, d) for a, d in zip((x, *others[:-1]), (x_dim, *other_dims)))
+            return tap_p.bind(x, mean, var, *weights, others[-1], **params), [None, None]
+    x, *others = (lanes_at(place, a, d) for a, d in zip((x, *others), (x_dim, *other_dims)))
+    return tap_p.bind(x, mean, var, *others, **params), [0, 0] if own else [None, None]
 
 
 tap_p.def_impl(_tap_value)
@@ -188,11 +203,14 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
     others = [] if mask is None else [_mask_weights(function, mask, x, features)]
     numbers = linen.domain_of(domain, getattr(layer, "num_domains", None), x.shape, features)
     if numbers is not None:
-        others.append(jnp.broadcast_to(numbers, x.shape[:1]))
+        others.append(numbers)
+    groups = layer.axis_index_groups
     params = {
         "axes": axes,
         "layer": name,
         "lanes": 0,
+        "axis_name": layer.axis_name if _is_bound(layer.axis_name) else None,
+        "axis_index_groups": None if groups is None else tuple(map(tuple, groups)),
         "has_weights": mask is not None,
         "has_domain": numbers is not None,
     }
@@ -201,6 +219,14 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
     options = {"mask": mask, "domain": domain}
     return evaluated.apply(variables, x, **{k: v for k, v in options.items() if v is not None}, method=function)
+
+
+def _is_bound(axis_name: Any) -> bool:
+    """Whether a transformation that is under way maps this axis."""
+    try:
+        return axis_name is not None and bool(jax.lax.axis_size(axis_name))
+    except NameError:
+        return False
 
 
 def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
@@ -262,6 +288,8 @@ class Program:
             elif _has_tap(eqn):
                 outputs, found = self._read_tapped(eqn, values)
                 means += found
+            elif eqn.primitive.name in _TYPE_CHANGES:
+                outputs = values
             elif eqn.effects or any(v is UNKNOWN for v in values):
                 outputs = [UNKNOWN] * len(eqn.outvars)
             else:
@@ -272,7 +300,7 @@ class Program:
     def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
         if eqn.primitive is tap_p:
             mean, var, record = on_tap(_tap(eqn.params, values, site))
-            return [a.astype(v.aval.dtype) for a, v in zip((mean, var), eqn.outvars)], [record]
+            return [_of_type(a, v.aval) for a, v in zip((mean, var), eqn.outvars)], [record]
         programs = self._programs(eqn)
         kind = _kind(eqn)
         if kind == "cond":
@@ -307,7 +335,26 @@ def _tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
     x, mean, var, *others = values
     weights = others.pop(0) if params["has_weights"] else None
     domain = others.pop(0) if params["has_domain"] else None
-    return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], site, params["layer"])
+    axis_name = params["axis_name"]
+    if axis_name is not None and not _is_bound(axis_name):
+        raise ValueError(
+            f"{params['layer']} synchronizes over the axis {axis_name!r} of a transformation inside the model, which "
+            "statistics chosen from outside cannot follow. Map the model over that axis from outside."
+        )
+    groups = params["axis_index_groups"]
+    return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], axis_name, groups, site, params["layer"])
+
+
+def _of_type(a: Any, aval: Any) -> Array:
+    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over."""
+    missing = tuple(sorted(_varying(aval) - _varying(jax.typeof(a))))
+    a = a.astype(aval.dtype)
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+    """The mapped axes of `jax.shard_map` over which a type varies."""
+    return frozenset(aval.mat.varying)
 
 
 class _Unknown:
@@ -449,6 +496,8 @@ def _without_gradient(x: Array, rule: str) -> Array:
 
     return identity(x)
 
+
+_TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
 
 _KINDS = {
     "jit": "inline",

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import observe, stored
+from flaxbn import linen, observe, stored
 from flaxbn.moments import Moments, measure_shared, merge_along
 from flaxbn.observe import Call, Tap
 from flaxbn.sharing import Sharing
@@ -67,6 +67,8 @@ def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
 def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Moments]:
     """The moments of the tap's input; where their count is 0, the layer normalizes by what is stored."""
     values = math.prod(tap.x.shape[tap.lanes + axis] for axis in tap.axes)
+    if tap.axis_name is not None:
+        values *= linen.members(tap.axis_name, tap.axis_index_groups)
     if values == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
@@ -82,11 +84,18 @@ def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Mom
 
 
 def _measure(tap: Tap, weights: Array | None) -> Moments:
-    def measure_lane(x: Array, weights: Array | None, domain: Array | None) -> Moments:
-        num_domains = None if domain is None else tap.mean.shape[tap.lanes]
-        return measure_shared(x, Sharing(tap.axes, domain, num_domains), weights=weights)
+    def measured(x: Array, weights: Array | None, domain: Array | None) -> Moments:
+        options = {"weights": weights, "axis_name": tap.axis_name, "axis_index_groups": tap.axis_index_groups}
+        if domain is None:
+            return measure_shared(x, Sharing(tap.axes), **options)
+        num_domains = tap.mean.shape[tap.lanes]
+        if domain.ndim == 0 and tap.axis_name is not None:
+            domain = jnp.broadcast_to(domain, x.shape[:1])
+        if domain.ndim:
+            return measure_shared(x, Sharing(tap.axes, domain, num_domains), **options)
+        row = measure_shared(x, Sharing(tap.axes), **options)
+        return Moments(*(jnp.zeros((num_domains, *a.shape), a.dtype).at[domain].set(a, mode="drop") for a in row))
 
-    measured = measure_lane
     for _ in range(tap.lanes):
         measured = jax.vmap(measured)
     if weights is not None:

@@ -70,7 +70,7 @@ def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: i
             names = _names(path)
             if names[:1] != ("batch_stats",) or names[-1:] != ("mean",) or names[1:-1] not in layers.entries:
                 return UNKNOWN
-            return jnp.asarray(layers.entries[names[1:-1]] + first, leaf.dtype)
+            return np.asarray(layers.entries[names[1:-1]] + first, leaf.dtype)
 
         leaves = [known(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]]
         with jax.ensure_compile_time_eval():

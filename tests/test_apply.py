@@ -1,10 +1,13 @@
 """Evaluation with chosen statistics, under transformations."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import flaxbn
 
@@ -141,3 +144,62 @@ def test_other_statistics_are_an_error():
 def test_one_value_per_channel_is_an_error():
     with pytest.raises(ValueError, match=r"BatchNorm_0.*more than one value per channel.*\(1, 5\)"):
         with_batch(VARIABLES, X[:1])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layers_that_synchronize_do_so(name):
+    model = Net(functools.partial(NETS[name].norm, axis_name="data"))
+    parts = X.reshape(3, 4, 5)
+    found = jax.vmap(lambda x: with_batch(VARIABLES, x, model), axis_name="data")(parts)
+    np.testing.assert_allclose(found.reshape(12, 5), in_training(VARIABLES, X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize("synchronized", [True, False])
+def test_under_shard_map(devices, checked, statistics, synchronized):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
+    model = Net(functools.partial(flaxbn.BatchNorm, axis_name="data" if synchronized else None))
+
+    def evaluate(x):
+        return flaxbn.apply(model, VARIABLES, x, statistics=statistics)
+
+    specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": checked}
+    found = jax.jit(jax.shard_map(evaluate, mesh=mesh, **specs))(X)
+    expected = np.concatenate([in_training(VARIABLES, part) for part in (X[:6], X[6:])])
+    if synchronized:
+        expected = in_training(VARIABLES, X)
+    if statistics == "running":
+        expected = NETS["stock"].apply(VARIABLES, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_axis_inside_the_model_is_an_error():
+    class Lanes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lanes = nn.vmap(flaxbn.BatchNorm, variable_axes={"batch_stats": 0}, axis_name="lanes")
+            return lanes(use_running_average=True, use_scale=False, use_bias=False, axis_name="lanes")(x)
+
+    model, x = Lanes(), X.reshape(3, 4, 5)
+    with pytest.raises(ValueError, match=r"synchronizes over the axis 'lanes' of a transformation inside the model"):
+        with_batch(model.init(jax.random.key(0), x), x, model)
+
+
+def test_another_model_inside_call_keeps_its_statistics():
+    teacher_variables = jax.tree.map(lambda a: a + 2, VARIABLES)
+
+    def call(module, x):
+        return module(x), NETS["stock"].apply(teacher_variables, x)
+
+    student, teacher = with_batch(VARIABLES, X, call=call)
+    np.testing.assert_allclose(student, in_training(VARIABLES, X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(teacher, NETS["stock"].apply(teacher_variables, X), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_array_is_passed_on():
+    found = with_batch(
+        VARIABLES, {"x": X, "scale": True}, call=lambda m, b: {"y": m(b["x"]) if b["scale"] else 0, "n": "x"}
+    )
+    assert found["n"] == "x"
+    np.testing.assert_allclose(found["y"], in_training(VARIABLES, X), rtol=1e-5, atol=1e-6)

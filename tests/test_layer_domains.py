@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -294,3 +295,90 @@ def test_apply_with_batch_statistics():
     found = flaxbn.apply(model, variables, BATCHES[0], statistics="batch")
     expected, _ = model.apply(variables, BATCHES[0], train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_members_of_an_axis_may_run_one_domain_each():
+    layer = flaxbn.BatchNorm(num_domains=D, momentum=0.0, axis_name="data")
+    parts, numbers = X.reshape(4, 3, 3, 2, 4), jnp.array([0, 1, 1, 0])
+
+    def step(x, domain):
+        return layer.apply(stored(), x, False, domain=domain, mutable=["batch_stats"])[1]["batch_stats"]
+
+    found = jax.vmap(step, axis_name="data")(parts, numbers)
+    for d in (0, 1):
+        exact = parts[np.asarray(numbers) == d].reshape(-1, 4).astype(np.float64)
+        np.testing.assert_allclose(found["mean"][:, d], np.tile(exact.mean(0), (4, 1)), atol=1e-6)
+        np.testing.assert_allclose(found["var"][:, d], np.tile(exact.var(0), (4, 1)), rtol=2e-6)
+
+
+def test_schedules_are_asked_for_one_step_at_a_time():
+    schedule = optax.piecewise_interpolate_schedule("linear", 1.0, {10: 2.0, 20: 1.5, 30: 2.0})
+    layer = flaxbn.BatchRenorm(num_domains=D, r_max=schedule, d_max=0.5)
+    variables = stored()
+    variables["batch_stats"]["steps"] = jnp.array([5, 15, 25])
+    mixed, _ = layer.apply(variables, X, False, domain=DOMAIN, mutable=["batch_stats"])
+    for d in (0, 2):
+        alone, _ = layer.apply(variables, X[d == DOMAIN], False, domain=d, mutable=["batch_stats"])
+        np.testing.assert_allclose(mixed[d == DOMAIN], alone, rtol=1e-5, atol=2e-6)
+
+
+def test_a_single_value_of_a_domain_is_normalized_by_its_running_average():
+    x, domain = X[:3, 0, 0], np.array([0, 0, 2])
+    layer, variables = flaxbn.BatchNorm(num_domains=D), stored()
+    y, new = layer.apply(variables, x, False, domain=domain, mutable=["batch_stats"])
+    np.testing.assert_allclose(y[2], layer.apply(variables, x, True, domain=domain)[2], rtol=1e-6)
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda a: a[2], t["batch_stats"]) for t in (new, variables)))
+    assert np.all(new["batch_stats"]["mean"][0] != variables["batch_stats"]["mean"][0])
+
+
+class Rows(nn.Module):
+    """The leading axis is of channels: one domain for the whole batch."""
+
+    @nn.compact
+    def __call__(self, batch, train=False):
+        layer = flaxbn.BatchNorm(use_running_average=not train, num_domains=2, axis=0, name="norm")
+        return layer(batch["x"].T, domain=batch["d"])
+
+
+@pytest.mark.parametrize("d", [0, 1])
+def test_one_domain_with_channels_first(d):
+    model, batch = Rows(), {"x": X[:, 0, 0] * np.arange(1, 5), "d": d}
+    variables = model.init(jax.random.key(0), batch)
+
+    def call(module, x):
+        return module({"x": x, "d": d})
+
+    found = flaxbn.estimate_population_stats(model, variables, [batch["x"]], call=call, keep_unseen=True)["norm"]
+    np.testing.assert_allclose(found["var"][d], batch["x"].astype(np.float64).var(0), rtol=2e-6)
+    np.testing.assert_array_equal(found["var"][1 - d], np.ones(4))
+
+
+@pytest.mark.parametrize("outer_own", [False, True])
+@pytest.mark.parametrize("inner_own", [False, True])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_nested_lanes(outer_own, inner_own, scalar):
+    """Lanes of lanes, with statistics of their own or shared, a domain for each example or for each batch."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, d):
+            return flaxbn.BatchNorm(use_running_average=True, num_domains=2, use_scale=False, use_bias=False)(
+                x, domain=d
+            )
+
+    def lanes(target, own):
+        axes = {"batch_stats": 0 if own else None}
+        return nn.vmap(target, in_axes=(0, None), out_axes=0, variable_axes=axes, split_rngs={"params": False})
+
+    model = lanes(lanes(Layer, inner_own), outer_own)()
+    x = np.random.default_rng(6).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    d = 1 if scalar else np.array([1, 0, 1, 1, 0])
+    variables = model.init(jax.random.key(0), x, d)
+    found = flaxbn.estimate_population_stats(model, variables, [x], call=lambda m, x: m(x, d), keep_unseen=True)[
+        "BatchNorm_0"
+    ]["var"]
+    axes = tuple(i for i, own in ((0, outer_own), (1, inner_own)) if not own)
+    for k in (1,) if scalar else (0, 1):
+        part = x if scalar else x[:, :, d == k]
+        exact = part.astype(np.float64).var((*axes, 2))
+        np.testing.assert_allclose(np.moveaxis(found, -2, 0)[k], exact, rtol=2e-6)
