@@ -113,7 +113,7 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
         if names[:-1] not in by_path or names[-1] not in ("mean", "var"):
             return leaf
         value, count = getattr(by_path[names[:-1]], names[-1]), by_path[names[:-1]].count
-        value = jnp.where(np.asarray(count) > 0, jnp.asarray(value, leaf.dtype), leaf)
+        value = jnp.where(np.asarray(count) > 0, jnp.asarray(value).astype(leaf.dtype), leaf)
         if not np.all(np.isfinite(np.asarray(value, np.complex128))):
             raise ValueError(
                 f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
