@@ -23,8 +23,12 @@ class BatchNorm(nn.Module):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with one `mean` and (biased) `var` for every channel: in training those of the batch, in evaluation the running
-    average. Unlike Flax's layer it computes the variance in two passes by default, honours the weights in a mask, and
+    with one `mean` and (biased) `var` for every channel: in training those of the batch, over positions i of weight
+    w_i (1 without a mask), in evaluation the running average of these.
+
+        mean = sum_i w_i x_i / sum_i w_i        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
+
+    With `num_domains` there is one pair for every domain d, whose sums run over the positions of its examples. Unlike Flax's layer it computes the variance in two passes by default, honours the weights in a mask, and
     keeps *using* batch statistics and *updating* the running average apart, so that a model can be validated with
     batch statistics while nothing is mutable.
 
@@ -124,15 +128,11 @@ class BatchNorm(nn.Module):
             raise ValueError(_immutable_message(self))
 
         channels = tuple(x.shape[axis] for axis in features)
-        shape = channels if self.num_domains is None else (self.num_domains, *channels)
-        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, _stored_dtype(x.dtype))
-        stored_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        affine_shape = shape if self.domain_affine else channels
-        scale = self.param("scale", self.scale_init, affine_shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None
+        stored_mean, stored_var, scale, bias = self._variables(channels, x.dtype)
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
-        if domain is not None and domain.ndim == 0 and self._members_may_differ(features):
+        measured = update or not use_running_average
+        if domain is not None and domain.ndim == 0 and measured and self._members_may_differ(features):
             domain = jnp.broadcast_to(domain, x.shape[:1])
         row = domain if domain is not None and domain.ndim == 0 else None
         sharing = Sharing(others) if row is not None else Sharing(others, domain, self.num_domains)
@@ -140,14 +140,14 @@ class BatchNorm(nn.Module):
             scale, bias = _row(scale, row), _row(bias, row)
         running = _Statistics(_row(stored_mean.value, row), _row(stored_var.value, row))
         pivot, residual, var = running.mean, None, running.var
-        if update or not use_running_average:
+        if measured:
             batch_pivot, deviation = self._measure(x, sharing, weights)
             batch = deviation._replace(mean=batch_pivot + deviation.mean)
             seen = batch.count > self._least_count(sharing, mask)
         if not use_running_average:
             pivot = jnp.where(seen, batch_pivot, running.mean)
             if row is not None:
-                pivot = jnp.where(row < shape[0], pivot, jnp.nan)
+                pivot = jnp.where(row < stored_mean.value.shape[0], pivot, jnp.nan)
             residual, var = jnp.where(seen, deviation.mean, 0), jnp.where(seen, batch.var, running.var)
             about_pivot = _Statistics(residual, var), _Statistics(running.mean - pivot, running.var)
             scale, bias = self._training_affine(*about_pivot, scale, bias, row)
@@ -169,6 +169,18 @@ class BatchNorm(nn.Module):
             spread=sharing.spread,
         )
         return y.astype(dtype)
+
+    @nn.nowrap
+    def _variables(
+        self, channels: tuple[int, ...], dtype: Any
+    ) -> tuple[nn.Variable[Any], nn.Variable[Any], Array | None, Array | None]:
+        shape = channels if self.num_domains is None else (self.num_domains, *channels)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, _stored_dtype(dtype))
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        affine_shape = shape if self.domain_affine else channels
+        scale = self.param("scale", self.scale_init, affine_shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None
+        return mean, var, scale, bias
 
     @nn.nowrap
     def _measure(self, x: Array, sharing: Sharing, weights: Array | None) -> tuple[Array, Moments]:
