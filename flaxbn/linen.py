@@ -28,9 +28,11 @@ class BatchNorm(nn.Module):
 
         mean = sum_i w_i x_i / sum_i w_i        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
 
-    With `num_domains` there is one pair for every domain d, whose sums run over the positions of its examples. Unlike Flax's layer it computes the variance in two passes by default, honours the weights in a mask, and
-    keeps *using* batch statistics and *updating* the running average apart, so that a model can be validated with
-    batch statistics while nothing is mutable.
+    With `num_domains` there is one pair for every domain, whose sums run over the positions of its examples.
+
+    Unlike Flax's layer it computes the variance in two passes by default, honours the weights in a mask, and keeps
+    *using* batch statistics and *updating* the running average apart, so that a model can be validated with batch
+    statistics while nothing is mutable.
 
     Variables: params `scale` and `bias`; in the collection `batch_stats`, `mean` and `var`, float32 (`mean` complex64
     if the input is complex) whatever `dtype` is, of the shape of the feature axes.
