@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test flax-suite readme lint bench clean
+.PHONY: train domains test flax-suite readme lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ $(INSTALLED)-lint: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_mnist.py --out runs/digits --overwrite $(ARGS)
+
+domains: $(INSTALLED)
+	$(BIN)/python scripts/train_domains.py --out runs/domains --overwrite $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

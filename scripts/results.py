@@ -67,6 +67,11 @@ def _clear(out: pathlib.Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def until(lines: list[dict[str, Any]], epoch: int, **run: Any) -> list[dict[str, Any]]:
+    """`lines` without those of `run` after `epoch`, which has no checkpoint."""
+    return [line for line in lines if not run.items() <= line.items() or line["epoch"] <= epoch]
+
+
 def flag(name: str) -> str:
     """The option of the command line that sets this field."""
     return "--" + name.replace("_", "-")

@@ -18,24 +18,23 @@ statistics, with the weights frozen. At the test every prediction is independent
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import data
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import results
+import training
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
+from training import CNN, accuracy, evaluation_batches, train_step, training_batches
 
 import flaxbn
 
@@ -62,7 +61,7 @@ MODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Config):
     """Compares four ways to use batch normalization on a small image classification set."""
 
     preset: Literal["default", "article"] = "default"
@@ -76,45 +75,15 @@ class Config:
     normalization only where that is updated: in mode running."""
     modes: tuple[Literal["none", "running", "unestimated", "population"], ...] = tuple(MODES)
     """The modes to compare."""
-    epochs: int = 20
-    """Passes over the training set."""
-    batch_size: int = 64
-    """Examples in a step, over all devices; rounded up to a multiple of their number."""
-    learning_rate: float = 3e-3
-    """Of Adam."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on: down to zero, or as it began."""
-    seeds: int = 1
-    """Repetitions with other initial weights and another order, 0 to N - 1; means and spreads are reported."""
     estimate_samples: int | None = None
     """Training examples from which population statistics are estimated; all by default."""
-    out: pathlib.Path = pathlib.Path("runs/digits")
-    """The folder of the results."""
-    resume: bool = False
-    """Continue the run in --out from its last complete epoch; begin one where there is none."""
-    overwrite: bool = False
-    """Replace the run in --out."""
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later."""
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("estimate_samples", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{results.flag(name)} must be at least {least}: got {value}.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be positive and finite: got {self.learning_rate}.")
-        if not self.modes or len(set(self.modes)) < len(self.modes):
-            raise ValueError(f"--modes must name at least one mode, each once: got {self.modes}. There are {[*MODES]}.")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run and --overwrite replaces it: got both. Leave one out.")
-
-    def record(self) -> dict[str, Any]:
-        """What decides the outcome, for JSON."""
-        fields = dataclasses.asdict(self) | {
-            "data_dir": self.data_dir and str(self.data_dir),
-            "modes": list(self.modes),
-        }
-        return {name: fields[name] for name in fields if name not in ("out", "resume", "overwrite")}
+        super().__post_init__()
+        self.check_names("modes", MODES)
+        if self.estimate_samples is not None:
+            self.check_at_least("estimate_samples", 2)
 
 
 PRESETS = {
@@ -128,89 +97,6 @@ PRESETS = {
         out=pathlib.Path("runs/article"),
     ),
 }
-
-
-class CNN(nn.Module):
-    """Three times convolution, norm, ReLU; global average pooling; dense. Takes uint8 images."""
-
-    num_classes: int
-    norm: Callable[..., nn.Module] | None
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False, update: bool = False) -> jax.Array:
-        x = images.astype(jnp.float32) / 255
-        for features, stride in ((16, 2), (32, 2), (64, 1)):
-            x = nn.Conv(features, (5, 5), (stride, stride), use_bias=self.norm is None)(x)
-            if self.norm is not None:
-                x = self.norm(use_running_average=not train)(x, update_running_average=update)
-            x = nn.relu(x)
-        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
-
-
-class State(NamedTuple):
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-@functools.partial(jax.jit, static_argnames=("model", "optimizer"))
-def initial_state(key: jax.Array, images: jax.Array, *, model: CNN, optimizer: optax.GradientTransformation) -> State:
-    variables = model.init(key, images)
-    return State(variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"]))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "optimizer", "update"))
-def train_step(
-    state: State,
-    split: data.Split,
-    index: jax.Array,
-    *,
-    model: CNN,
-    optimizer: optax.GradientTransformation,
-    update: bool,
-) -> tuple[State, jax.Array]:
-    """One step of Adam on the examples `index`, and how many of them were right."""
-    images, labels = split.images[index], split.labels[index]
-
-    def loss(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(variables, images, train=True, update=update, mutable=["batch_stats"])
-        correct = jnp.sum(logits.argmax(-1) == labels)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), (updated.get("batch_stats", {}), correct)
-
-    gradients, (batch_stats, correct) = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), correct
-
-
-@functools.partial(jax.jit, static_argnames=("model", "statistics"))
-def count_correct(variables, split: data.Split, index, counted, *, model: CNN, statistics: str) -> jax.Array:
-    images = split.images[index]
-    logits = flaxbn.apply(model, variables, images, statistics=statistics)
-    return jnp.sum((logits.argmax(-1) == split.labels[index]) & counted)
-
-
-def accuracy(variables, split: data.Split, batches, *, model: CNN, statistics: str) -> float:
-    correct = [count_correct(variables, split, *batch, model=model, statistics=statistics) for batch in batches]
-    return int(np.sum(jax.device_get(correct))) / len(split.labels)
-
-
-def evaluation_batches(size: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices and whether they count: full batches, the last filled up with examples that do not count again."""
-    steps = -(-size // batch_size)
-    index = np.arange(steps * batch_size).reshape(steps, batch_size)
-    return list(zip(index % size, index < size))
-
-
-def training_batches(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, [steps, batch_size], a matter of seed and epoch only. What fills no batch is left out."""
-    order = np.random.default_rng((seed, epoch)).permutation(size)
-    return order[: size // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def batch_independence(variables, images: jax.Array, *, model: CNN) -> dict[str, Any]:
@@ -239,16 +125,6 @@ def make_norm(config: Config, num_steps: int) -> Callable[..., nn.Module]:
     )
 
 
-def use_cores_as_devices() -> None:
-    """Makes every CPU core a device, unless the environment says how many devices there are."""
-    cores = os.cpu_count() or 1
-    # XLA's CPU thread pool has $NPROC threads, by default one for each core. A thread that waits in an all-reduce does
-    # nothing else, and a gradient is many independent all-reduces: soon all threads wait, for ever.
-    os.environ["NPROC"] = str(16 * cores)
-    if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", cores)
-
-
 def configure() -> Config:
     """The command line over the preset that it names."""
     preset = tyro.cli(Config, description=__doc__).preset
@@ -258,7 +134,7 @@ def configure() -> Config:
 def main(config: Config, console: Console) -> None:
     console.print(config)
     devices = jax.local_devices()
-    batch_size = -(-config.batch_size // len(devices)) * len(devices)
+    batch_size = training.whole_batches(config.batch_size, len(devices))
     if batch_size != config.batch_size:
         console.print(f"batch size {config.batch_size} -> {batch_size}, a multiple of the {len(devices)} devices")
         config = dataclasses.replace(config, batch_size=batch_size)
@@ -280,10 +156,7 @@ def main(config: Config, console: Console) -> None:
 
     num_steps = size // batch_size
     total_steps = config.epochs * num_steps
-    decay = config.schedule == "cosine"
-    optimizer = optax.adam(
-        optax.cosine_decay_schedule(config.learning_rate, total_steps) if decay else config.learning_rate
-    )
+    optimizer = config.optimizer(total_steps)
     norm = make_norm(config, total_steps)
     tests = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -292,17 +165,12 @@ def main(config: Config, console: Console) -> None:
         for name, seed in runs:
             mode = MODES[name]
             model = CNN(loaded.num_classes, norm if mode.normalize else None)
-            state = initial_state(jax.random.key(seed), train.images[:2], model=model, optimizer=optimizer)
+            state = training.initial_state(jax.random.key(seed), train.images[:2], model=model, optimizer=optimizer)
             state = jax.device_put(state, replicated)
             folder = (config.out / "checkpoints" / name / f"seed{seed}").absolute()
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-            with ocp.CheckpointManager(folder / "state", options=options) as checkpoints:
-                done = checkpoints.latest_step() or 0
-                if done:
-                    state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-                lines = [
-                    line for line in lines if (line["mode"], line["seed"]) != (name, seed) or line["epoch"] <= done
-                ]
+            with training.checkpoint_manager(folder / "state") as checkpoints:
+                state, done = training.restore(checkpoints, state)
+                lines = results.until(lines, done, mode=name, seed=seed)
                 progress.update(task, advance=done * num_steps)
 
                 for epoch in range(done + 1, config.epochs + 1):
@@ -350,9 +218,7 @@ def main(config: Config, console: Console) -> None:
             tests.append(
                 {"mode": name, "test_accuracy": test_accuracy, "seconds": seconds, "batch_independence": independence}
             )
-            if not (folder / "model").exists():
-                with ocp.StandardCheckpointer() as checkpointer:
-                    checkpointer.save(folder / "model", variables)
+            training.save_model(folder / "model", variables)
 
     summary = results.summarize(lines, tests)
     top = {"configuration": config.record(), "versions": results.versions(), "modes": summary}
@@ -368,5 +234,5 @@ def main(config: Config, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    use_cores_as_devices()
+    training.use_cores_as_devices()
     main(configure(), Console())

@@ -1,0 +1,166 @@
+"""The comparison of domains as a summary, as tables and as a figure."""
+
+import functools
+import operator
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from results import replacing
+from rich.table import Table
+
+TESTS = {"running": "running average", "shared": "shared population", "domain": "per-domain population"}
+AS_IN_TRAINING = ("o", "#1f5fa8", "normalized as in training")
+NOT_AS_IN_TRAINING = ("s", "#c8501e", "not as in training")
+
+
+def summarize(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of each variant: means over the seeds, and their standard deviations under `seed_spread`.
+
+    Args:
+        lines: one for each variant, seed and epoch, in this order, with `variant`, `train_accuracy`,
+            `validation_accuracy` by domain, and `seconds`.
+        tests: one for each variant and seed, in the same order, with `variant`, `test_accuracy` by statistics and
+            domain, `consistent` by statistics, `layers`, the `distances` between the domains, and `seconds`.
+
+    Returns:
+        For each variant `test_accuracy`, by statistics and domain; the lists `validation_accuracy`, by domain, and
+        `train_accuracy`, by epoch; `consistent`, by statistics; `layers`, how far apart the domains are; `seconds` of
+        one seed.
+    """
+    variants = dict.fromkeys(test["variant"] for test in tests)
+    return {
+        variant: _summarize_variant(*([x for x in part if x["variant"] == variant] for part in (lines, tests)))
+        for variant in variants
+    }
+
+
+def _summarize_variant(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
+    epochs = len(lines) // len(tests)
+    trained = [{key: line[key] for key in ("validation_accuracy", "train_accuracy")} for line in lines]
+    by_epoch = jax.tree.map(lambda *a: list(a), *(mean_and_spread(trained[i::epochs]) for i in range(epochs)))
+    tested = mean_and_spread([{key: test[key] for key in ("test_accuracy", "layers")} for test in tests])
+    seconds = (sum(line["seconds"] for line in lines) + sum(test["seconds"] for test in tests)) / len(tests)
+    return {
+        **tested,
+        **by_epoch,
+        "consistent": tests[0]["consistent"],
+        "seconds": seconds,
+        "seed_spread": tested["seed_spread"] | by_epoch["seed_spread"],
+    }
+
+
+def mean_and_spread(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of trees of numbers, one for each seed, and their standard deviation under `seed_spread`."""
+    mean, spread = (jax.tree.map(lambda *a, of=of: float(of(a)), *outcomes) for of in (np.mean, np.std))
+    return {**mean, "seed_spread": spread}
+
+
+def distances(batch_stats: dict[str, Any], reference: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How far the statistics of each layer are from those of `reference`, averaged over its channels.
+
+    Returns:
+        For each layer `mean_shift`, the mean of |mean - mean'| / std', and `var_factor`, the geometric mean of
+        var / var' or its inverse, whichever is larger: 0 and 1 where nothing differs.
+    """
+    return {layer: _distance(batch_stats[layer], reference[layer]) for layer in batch_stats}
+
+
+def _distance(stats: dict[str, jax.Array], reference: dict[str, jax.Array]) -> dict[str, float]:
+    shift = np.abs(stats["mean"] - reference["mean"]) / np.sqrt(reference["var"])
+    return {
+        "mean_shift": float(shift.mean()),
+        "var_factor": float(np.exp(np.abs(np.log(stats["var"] / reference["var"])).mean())),
+    }
+
+
+def table(summary: dict[str, Any], names: Sequence[str]) -> Table:
+    """One row for each variant and the statistics it is tested with."""
+    rows = Table(title="test accuracy, mean ± standard deviation over seeds")
+    for column in ("variant", "statistics at the test", "as in\ntraining"):
+        rows.add_column(column)
+    for name in names:
+        rows.add_column(name, justify="right")
+    for variant, outcome in summary.items():
+        for kind in tested_with(outcome):
+            rows.add_row(
+                variant,
+                TESTS[kind],
+                "yes" if outcome["consistent"][kind] else "no",
+                *(_with_spread(outcome, "test_accuracy", kind, name) for name in names),
+                end_section=kind == "domain",
+            )
+    return rows
+
+
+def distance_table(summary: dict[str, Any], names: Sequence[str]) -> Table:
+    """How far apart the domains are, for each variant."""
+    rows = _layer_table(f"population statistics of {names[1]} against those of {names[0]}", "variant", summary)
+    for variant, outcome in summary.items():
+        rows.add_row(variant, *_layer_cells(outcome))
+    return rows
+
+
+def weighting_table(weighting: dict[str, Any], name: str) -> Table:
+    """One row for each estimate: how far it is from the balanced one, and the accuracy that goes with it."""
+    kinds = {kind: weighting[kind] for kind in ("balanced", "weighted", "unweighted")}
+    rows = _layer_table(f"population statistics of {name} from a class-imbalanced sample", "estimate", kinds)
+    rows.add_column("test accuracy", justify="right")
+    for kind in kinds:
+        rows.add_row(kind, *_layer_cells(weighting[kind]), _with_spread(weighting, kind, "test_accuracy"))
+    return rows
+
+
+def tested_with(outcome: dict[str, Any]) -> list[str]:
+    return [kind for kind in TESTS if kind in outcome["test_accuracy"]]
+
+
+def _with_spread(outcome: dict[str, Any], *keys: str) -> str:
+    mean, spread = (functools.reduce(operator.getitem, keys, tree) for tree in (outcome, outcome["seed_spread"]))
+    return f"{mean:.4f} ± {spread:.4f}"
+
+
+def _layer_table(title: str, first: str, outcomes: dict[str, Any]) -> Table:
+    rows = Table(title=title, caption="|Δmean| / std, and the factor between variances, averaged over channels")
+    rows.add_column(first)
+    for layer in next(iter(outcomes.values()))["layers"]:
+        rows.add_column(layer, justify="right")
+    return rows
+
+
+def _layer_cells(outcome: dict[str, Any]) -> list[str]:
+    return [f"{layer['mean_shift']:.3f}  x{layer['var_factor']:.3f}" for layer in outcome["layers"].values()]
+
+
+def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[str]) -> None:
+    """Test accuracy with its spread, a panel for each domain and a row for each test."""
+    rows = [(variant, kind) for variant, outcome in summary.items() for kind in tested_with(outcome)]
+    fig, axes = plt.subplots(1, len(names), figsize=(9, 1.2 + 0.23 * len(rows)), sharey=True, layout="constrained")
+    for ax, name in zip(axes, names):
+        for y, (variant, kind) in enumerate(rows):
+            _draw_test(ax, y, summary[variant], kind, name)
+        ax.set(title=name, xlabel="test accuracy", ylim=(len(rows) - 0.4, -0.6))
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+    labels = [TESTS[kind] for _, kind in rows]
+    for y, (variant, kind) in enumerate(rows):
+        if kind == "running":
+            labels[y] = f"{variant}:   {labels[y]}"
+            for ax in axes:
+                ax.axhline(y - 0.5, color="0.8", linewidth=0.8)
+    axes[0].set_yticks(range(len(rows)), labels)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    with replacing(path) as partial:
+        fig.savefig(partial, format="png", dpi=150)
+    plt.close(fig)
+
+
+def _draw_test(ax: plt.Axes, y: int, outcome: dict[str, Any], kind: str, name: str) -> None:
+    marker, color, label = AS_IN_TRAINING if outcome["consistent"][kind] else NOT_AS_IN_TRAINING
+    mean, spread = (tree["test_accuracy"][kind][name] for tree in (outcome, outcome["seed_spread"]))
+    ax.errorbar(mean, y, xerr=spread, fmt=marker, color=color, label=label, capsize=3, markersize=5)
