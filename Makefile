@@ -52,6 +52,7 @@ lint: $(INSTALLED)-lint
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/domains.py
 	$(BIN)/python benchmarks/population.py
 
 clean:

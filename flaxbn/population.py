@@ -27,7 +27,7 @@ def apply(
     """Evaluates any Flax model with the batch-norm statistics of your choice.
 
     With `statistics="batch"` every batch-norm layer, `flax.linen.BatchNorm` included, normalizes by the mean and
-    variance of its own input, as in training, while all else is evaluation: dropout is off, nothing is mutable and
+    variance of its own input, as in training, while all else is evaluation: `nn.Dropout` is off, nothing is mutable and
     nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
     `jax.grad` and `jax.vmap`.
 
@@ -99,16 +99,17 @@ def estimate_population_stats(
     batch.
 
     Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
-    which counts as plain batch normalization. The compiled pass is reused where the model, the functions `call`,
-    `sample_weight` and `only`, and all shapes are the same: keep these functions at module level.
+    which counts as plain batch normalization. The compiled pass is reused where the model, `call`, `sample_weight`, the
+    layers that `only` accepts and all shapes are the same: keep the functions at module level. Methods, and models that
+    cannot be hashed, are traced in each call, since what they hold may have changed.
 
     Args:
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
             batches, each such a pytree, which is read once.
-        call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`. Dropout
-            is off.
+        call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
+            `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
         batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
             is `x[k::K]`. The pass is a scan on the device.
         num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
