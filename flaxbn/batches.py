@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -91,6 +92,18 @@ def padding(size: int, parts: int) -> np.ndarray | None:
     if size % parts == 0:
         return None
     return np.arange(-(-size // parts) * parts) < size
+
+
+def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray | None]:
+    """A batch on the device or devices, padded to what divides, and which of its samples are present."""
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, batch), None
+    size = count_samples(batch)
+    present = padding(size, shards(sharding))
+    if present is not None:
+        rows = np.minimum(np.arange(len(present)), size - 1)
+        batch = jax.tree.map(lambda a: np.asarray(a)[rows], batch)
+    return jax.device_put(batch, sharding), present
 
 
 def _check_enough(seen: int, num_samples: int | None) -> None:

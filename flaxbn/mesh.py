@@ -12,3 +12,8 @@ def data_sharding() -> NamedSharding:
     """
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of what all devices of `sharding` hold in whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec())

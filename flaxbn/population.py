@@ -12,8 +12,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import observe, precise, stored
-from flaxbn.observe import Call, Tap
+from flaxbn import mesh, observe, precise, stored
+from flaxbn.observe import Call
+from flaxbn.readers import batch_statistics, stored_statistics
+from flaxbn.results import Result
+from flaxbn.setting import Key, Setting
+from flaxbn.sites import check_layers
+from flaxbn.tap import Tap
 
 
 def apply(
@@ -62,12 +67,12 @@ def apply(
     program, finish = observe.trace(model, variables, arrays, run, None)
     switched = set()
     if statistics == "batch":
-        precise.check_layers(program, model)
+        check_layers(program, model)
         entries = stored.entries_read(program, variables, len(arrays))
         switched = {site for site, read in enumerate(entries) if read is not None}
 
     def on_tap(tap: Tap) -> Any:
-        return precise.batch_statistics(tap, None) if tap.site in switched else precise.stored_statistics(tap)
+        return batch_statistics(tap, None) if tap.site in switched else stored_statistics(tap)
 
     return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
 
@@ -190,20 +195,18 @@ def population_moments(
         )
     layers = stored.stored_layers(variables["batch_stats"])
     wanted = _wanted_layers(layers, only, model)
-    setting = precise.Setting(
-        precise.Key(model), call or _call, sample_weight, frozenset(wanted.entries), sharding, _tracing_options()
-    )
+    setting = Setting(Key(model), call or _call, sample_weight, frozenset(wanted.entries), sharding, _tracing_options())
     variables, rngs = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
     variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
     if sharding is not None:
-        variables, rngs = jax.device_put((variables, rngs), precise.replicated(sharding))
+        variables, rngs = jax.device_put((variables, rngs), mesh.replicated(sharding))
     if batch_size is None:
         passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
     else:
         passes = precise.pass_over_arrays(
             setting, variables, rngs, data.evenly_spaced(batches, num_samples), batch_size
         )
-    return _merged(passes, layers, wanted, keep_unseen=keep_unseen)
+    return results.merged(passes, layers, wanted, keep_unseen=keep_unseen)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:
@@ -245,55 +248,6 @@ def _wanted_layers(
         known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
         raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
     return wanted
-
-
-def _merged(
-    results: list[precise.Result], layers: stored.StoredLayers, wanted: stored.StoredLayers, *, keep_unseen: bool
-) -> Any:
-    results = [precise.Result(r.source, r.steps, *jax.device_get((r.moments, r.first_bad))) for r in results]
-    _check_finite(results, layers)
-    contributions = [c for r in results for c in zip(r.source.entries, r.moments)]
-    moments = stored.collect(contributions, layers)
-    unseen = [stored.unseen(path, moments[path]) for path in wanted.entries if not np.all(moments[path].count > 0)]
-    if unseen and not keep_unseen:
-        raise ValueError(
-            f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
-            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
-            "layer whose statistics are computed from what is stored, not read, counts as not seen.)"
-        )
-    _warn_called_twice(results, wanted)
-    return stored.as_tree({path: moments[path] for path in wanted.entries})
-
-
-def _check_finite(results: list[precise.Result], layers: stored.StoredLayers) -> None:
-    for result in results:
-        for entries, bad in zip(result.source.entries, result.first_bad):
-            if bad >= 0:
-                path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
-                raise ValueError(
-                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch "
-                    f"{result.steps[bad]} (counted from 0), so its input holds NaN or infinite values, or overflows."
-                )
-
-
-def _warn_called_twice(results: list[precise.Result], layers: stored.StoredLayers) -> None:
-    total = max(int(e.max()) for e in layers.entries.values()) + 1
-    calls: dict[precise.Pass, np.ndarray] = {}
-    seen: dict[tuple[precise.Pass, int], Any] = {}
-    for result in results:
-        for i, moments in enumerate(result.moments):
-            seen[result.source, i] = seen.get((result.source, i), False) | (moments.count > 0)
-    for (source, i), used in seen.items():
-        counter = calls.setdefault(source, np.zeros(total, int))
-        np.add.at(counter, source.entries[i][used], 1)
-    twice = [p for p, e in layers.entries.items() if any(counter[e].max() > 1 for counter in calls.values())]
-    if twice:
-        names = ", ".join(f"'{stored.layer_name(path)}'" for path in twice)
-        warnings.warn(
-            f"{names}: called more than once in a forward pass. The calls are merged, but one mean and variance cannot "
-            "normalize each of them: give each call a layer of its own.",
-            stacklevel=4,
-        )
 
 
 def _check_model(model: Any) -> None:

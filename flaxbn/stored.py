@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flaxbn.moments import Moments, is_moments, merge_segments, widen
-from flaxbn.observe import UNKNOWN, Program
+from flaxbn.program import UNKNOWN, Program
 
 Path = tuple[str, ...]
 

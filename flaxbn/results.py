@@ -1,0 +1,91 @@
+"""What a pass over data ends with: merged moments, and where they are not finite."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from flaxbn import stored
+from flaxbn.moments import Moments, merge_along
+
+
+class Result(NamedTuple):
+    """The merged moments of a chunk of batches, on the device.
+
+    Attributes:
+        entries: for each tap the numbers of the stored entries that it reads; the same list in results of one program.
+        steps: the numbers of the batches.
+        moments: for each tap those of all these batches.
+        first_bad: for each tap the first place in `steps` whose moments are not finite, or -1.
+    """
+
+    entries: list[np.ndarray]
+    steps: Sequence[int]
+    moments: list[Moments]
+    first_bad: Array
+
+
+def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
+    """For each tap its moments along the leading axis merged, and where the first ones lie that are not finite."""
+
+    def first_bad(moments: Moments) -> Array:
+        finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+        finite = jnp.all(finite.reshape(len(finite), -1), 1)
+        return jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
+
+    return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
+
+
+def merged(
+    results: list[Result], layers: stored.StoredLayers, wanted: stored.StoredLayers, *, keep_unseen: bool
+) -> Any:
+    """The tree of the wanted layers' moments; what is not finite, or saw no data, is an error."""
+    results = [Result(*r[:2], *jax.device_get((r.moments, r.first_bad))) for r in results]
+    _check_finite(results, layers)
+    contributions = [c for r in results for c in zip(r.entries, r.moments)]
+    moments = stored.collect(contributions, layers)
+    unseen = [stored.unseen(path, moments[path]) for path in wanted.entries if not np.all(moments[path].count > 0)]
+    if unseen and not keep_unseen:
+        raise ValueError(
+            f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
+            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
+            "layer whose statistics are computed from what is stored, not read, counts as not seen.)"
+        )
+    _warn_called_twice(results, wanted)
+    return stored.as_tree({path: moments[path] for path in wanted.entries})
+
+
+def _check_finite(results: list[Result], layers: stored.StoredLayers) -> None:
+    for result in results:
+        for entries, bad in zip(result.entries, result.first_bad):
+            if bad >= 0:
+                path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
+                raise ValueError(
+                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch "
+                    f"{result.steps[bad]} (counted from 0), so its input holds NaN or infinite values, or overflows."
+                )
+
+
+def _warn_called_twice(results: list[Result], layers: stored.StoredLayers) -> None:
+    total = max(int(e.max()) for e in layers.entries.values()) + 1
+    calls: dict[int, np.ndarray] = {}
+    seen: dict[tuple[int, int], Any] = {}
+    for result in results:
+        for i, moments in enumerate(result.moments):
+            seen[id(result.entries), i] = seen.get((id(result.entries), i), False) | (moments.count > 0)
+    entries = {id(result.entries): result.entries for result in results}
+    for (program, i), used in seen.items():
+        counter = calls.setdefault(program, np.zeros(total, int))
+        np.add.at(counter, entries[program][i][used], 1)
+    twice = [p for p, e in layers.entries.items() if any(counter[e].max() > 1 for counter in calls.values())]
+    if twice:
+        names = ", ".join(f"'{stored.layer_name(path)}'" for path in twice)
+        warnings.warn(
+            f"{names}: called more than once in a forward pass. The calls are merged, but one mean and variance cannot "
+            "normalize each of them: give each call a layer of its own.",
+            stacklevel=4,
+        )
