@@ -1,6 +1,8 @@
 """Batch normalization for JAX without its traps."""
 
 from flaxbn import domains as domains
+from flaxbn.exact import plan as plan
+from flaxbn.independence import assert_batch_independent as assert_batch_independent
 from flaxbn.linen import BatchNorm as BatchNorm
 from flaxbn.linen import BatchRenorm as BatchRenorm
 from flaxbn.mesh import data_sharding as data_sharding
@@ -10,6 +12,7 @@ from flaxbn.moments import merge as merge
 from flaxbn.moments import merge_across as merge_across
 from flaxbn.normalize import ema as ema
 from flaxbn.normalize import normalize as normalize
+from flaxbn.planning import Plan as Plan
 from flaxbn.population import apply as apply
 from flaxbn.population import estimate_population_stats as estimate_population_stats
 from flaxbn.population import population_moments as population_moments

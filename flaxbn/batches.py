@@ -1,6 +1,6 @@
 """Data, as arrays or as a stream, cut into batches."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -77,6 +77,32 @@ def stream(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
         if seen == num_samples:
             return
     _check_enough(seen, num_samples)
+
+
+def abstract(batch: Any, size: int | None = None) -> Any:
+    """The shapes and dtypes that a batch has on a device, with `size` samples if given."""
+
+    def shape(a: Any) -> jax.ShapeDtypeStruct:
+        a = a if hasattr(a, "dtype") else np.asarray(a)
+        dtype = jax.dtypes.canonicalize_dtype(a.dtype, allow_extended_dtype=True)
+        return jax.ShapeDtypeStruct((a.shape[0] if size is None else size, *a.shape[1:]), dtype)
+
+    return jax.tree.map(shape, batch)
+
+
+def known_batches(batches: Any, num_samples: int | None) -> list[Any]:
+    """The batches of a sized iterable, in shapes and dtypes; of one that is no sequence only the first is read."""
+    if not isinstance(batches, Sized) or isinstance(batches, Iterator):
+        raise TypeError(
+            f"A plan needs to know all batches beforehand: got {_described(batches)}, whose length is unknown. Give "
+            "arrays and a `batch_size`, a list of batches, or an iterable with a length."
+        )
+    if not isinstance(batches, Sequence):
+        batches = [next(iter(batches))] * len(batches) if len(batches) else []  # type: ignore[call-overload]
+    sizes = [count_samples(batch) for batch in batches]
+    ends = np.cumsum(sizes) if num_samples is None else np.minimum(np.cumsum(sizes), num_samples)
+    _check_enough(int(ends[-1]) if sizes else 0, num_samples)
+    return [abstract(batch, size) for batch, size in zip(batches, np.diff(ends, prepend=0).tolist()) if size]
 
 
 def shards(sharding: NamedSharding | None) -> int:

@@ -1,8 +1,9 @@
 """Traced programs of jax, taken apart and put together through its public names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core as jex
 
 
@@ -44,3 +45,47 @@ def is_variable(v: Any) -> bool:
 def read(env: Mapping[Any, Any], v: Any) -> Any:
     """The value of an operand."""
     return env[v] if is_variable(v) else v.val
+
+
+def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
+    """What two runs of equations have in common that compute the same function, whatever their variables are called."""
+    numbers: dict[Any, int] = {}
+
+    def operand(v: Any) -> Hashable:
+        if is_variable(v):
+            return numbers[v]
+        return np.asarray(v.val).tobytes(), v.aval
+
+    def define(variables: Sequence[Any]) -> Hashable:
+        numbers.update({v: len(numbers) + i for i, v in enumerate(variables)})
+        return tuple(v.aval for v in variables)
+
+    taken = define(invars)
+    steps = []
+    for eqn in eqns:
+        read = tuple(map(operand, eqn.invars))
+        steps.append((eqn.primitive, _parameters(eqn), read, define(eqn.outvars)))
+    return taken, tuple(steps), tuple(map(operand, outvars))
+
+
+def as_key(value: Any) -> Hashable:
+    """A parameter of an equation by value where it can be, and by identity where it cannot."""
+    jaxpr = opened(value)
+    if hasattr(jaxpr, "eqns"):
+        consts = tuple(map(id, getattr(value, "consts", ())))
+        return consts, structure((*jaxpr.constvars, *jaxpr.invars), jaxpr.eqns, jaxpr.outvars)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(as_key, value))
+    if isinstance(value, dict):
+        return tuple((name, as_key(item)) for name, item in sorted(value.items()))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
+
+
+def _parameters(eqn: Any) -> Hashable:
+    """The parameters that decide the value of an equation; the rules of its differentiation do not."""
+    is_custom = eqn.primitive.name.startswith("custom_")
+    return as_key({name: p for name, p in eqn.params.items() if not (is_custom and callable(p))})

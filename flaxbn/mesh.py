@@ -1,5 +1,7 @@
 """Where batches lie."""
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,3 +19,11 @@ def data_sharding() -> NamedSharding:
 def replicated(sharding: NamedSharding) -> NamedSharding:
     """The sharding of what all devices of `sharding` hold in whole."""
     return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def free_bytes(devices: Iterable[jax.Device]) -> int | None:
+    """The free memory of the device that has least; None where a device does not tell."""
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        return None
+    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s)

@@ -1,22 +1,19 @@
 """Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import mesh, observe, precise, stored
+from flaxbn import exact, observe, precise, stored
 from flaxbn.observe import Call
 from flaxbn.readers import batch_statistics, stored_statistics
-from flaxbn.results import Result
-from flaxbn.setting import Key, Setting
+from flaxbn.request import call_directly, check_model, request
+from flaxbn.results import merged
 from flaxbn.sites import check_layers
 from flaxbn.tap import Tap
 
@@ -53,7 +50,7 @@ def apply(
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
-    _check_model(model)
+    check_model(model)
     if "batch_stats" in variables:
         variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
     leaves, structure = jax.tree.flatten(batch)
@@ -62,7 +59,7 @@ def apply(
     def run(module: Any, arrays: list[Any]) -> Any:
         given = iter(arrays)
         restored = [next(given) if observe.is_array(leaf) else leaf for leaf in leaves]
-        return (call or _call)(module, jax.tree.unflatten(structure, restored))
+        return (call or call_directly)(module, jax.tree.unflatten(structure, restored))
 
     program, finish = observe.trace(model, variables, arrays, run, None)
     switched = set()
@@ -85,10 +82,11 @@ def estimate_population_stats(
     call: Call | None = None,
     batch_size: int | None = None,
     num_samples: int | None = None,
-    method: Literal["precise"] = "precise",
+    method: Literal["precise", "exact"] = "precise",
     sample_weight: Callable[[Any], Array] | None = None,
     only: Callable[[str], bool] | None = None,
     keep_unseen: bool = False,
+    memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
@@ -145,8 +143,6 @@ def estimate_population_stats(
         UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
             pair of statistics can normalize each of them.
     """
-    if method != "precise":
-        raise ValueError(f'`method` must be "precise": got {method!r}.')
     moments = population_moments(
         model,
         variables,
@@ -154,9 +150,11 @@ def estimate_population_stats(
         call=call,
         batch_size=batch_size,
         num_samples=num_samples,
+        method=method,
         sample_weight=sample_weight,
         only=only,
         keep_unseen=keep_unseen,
+        memory_limit=memory_limit,
         sharding=sharding,
         rngs=rngs,
     )
@@ -171,9 +169,11 @@ def population_moments(
     call: Call | None = None,
     batch_size: int | None = None,
     num_samples: int | None = None,
+    method: Literal["precise", "exact"] = "precise",
     sample_weight: Callable[[Any], Array] | None = None,
     only: Callable[[str], bool] | None = None,
     keep_unseen: bool = False,
+    memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
@@ -183,30 +183,25 @@ def population_moments(
         A tree like `batch_stats`, with one Moments in the place of each layer's variables. Trees of different parts
         of the data merge by `flaxbn.merge`; `to_batch_stats` turns them into statistics.
     """
-    _check_model(model)
-    _check_batch_stats(variables)
+    if method not in ("precise", "exact"):
+        raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')
     data.check_arrays(batches, batch_size)
     data.check_positive("batch_size", batch_size)
     data.check_positive("num_samples", num_samples)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
-        raise TypeError(
-            "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
-            "outside of `jax.jit`, `jax.pmap` and other transformations."
-        )
-    layers = stored.stored_layers(variables["batch_stats"])
-    wanted = _wanted_layers(layers, only, model)
-    setting = Setting(Key(model), call or _call, sample_weight, frozenset(wanted.entries), sharding, _tracing_options())
-    variables, rngs = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
-    variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
-    if sharding is not None:
-        variables, rngs = jax.device_put((variables, rngs), mesh.replicated(sharding))
+    exact.check_limit(memory_limit, method)
+    asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
+    if batch_size is not None:
+        batches = data.evenly_spaced(batches, num_samples)
+    if method == "exact":
+        if batch_size is None:
+            batches = list(data.stream(batches, num_samples))
+            return exact.moments_of_batches(asked, batches, memory_limit, keep_unseen=keep_unseen)
+        return exact.moments_of_arrays(asked, batches, batch_size, memory_limit, keep_unseen=keep_unseen)
     if batch_size is None:
-        passes = precise.pass_over_stream(setting, variables, rngs, data.stream(batches, num_samples))
+        passes = precise.pass_over_stream(asked, data.stream(batches, num_samples))
     else:
-        passes = precise.pass_over_arrays(
-            setting, variables, rngs, data.evenly_spaced(batches, num_samples), batch_size
-        )
-    return results.merged(passes, layers, wanted, keep_unseen=keep_unseen)
+        passes = precise.pass_over_arrays(asked, batches, batch_size)
+    return merged(passes, asked.layers, asked.wanted, keep_unseen=keep_unseen)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:
@@ -223,42 +218,3 @@ def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False)
         TypeError: if a mean is complex and the stored one is real.
     """
     return stored.replace_statistics(batch_stats, moments, keep_unseen=keep_unseen)
-
-
-def _call(module: Any, batch: Any) -> Any:
-    return module(batch)
-
-
-def _tracing_options() -> tuple[Any, ...]:
-    """What decides how jax traces, besides shapes."""
-    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
-    return tuple(getattr(jax.config, name) for name in names)
-
-
-def _wanted_layers(
-    layers: stored.StoredLayers, only: Callable[[str], bool] | None, model: nn.Module
-) -> stored.StoredLayers:
-    if not layers.entries:
-        raise ValueError(
-            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
-            "none."
-        )
-    wanted = stored.select(layers, only)
-    if not wanted.entries:
-        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
-        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
-    return wanted
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
-            "method or a compiled function, inside which the batch-norm layers cannot be seen."
-        )
-
-
-def _check_batch_stats(variables: Any) -> None:
-    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
-        received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")

@@ -14,6 +14,7 @@ from flaxbn import batches as data
 from flaxbn import mesh
 from flaxbn.moments import Moments
 from flaxbn.readers import batch_statistics, stored_statistics
+from flaxbn.request import Request
 from flaxbn.results import Result, merge_steps
 from flaxbn.setting import Compiled, Setting, Shapes, shapes_of
 from flaxbn.sites import find_sites, sample_weights
@@ -73,8 +74,9 @@ class Pass:
         return jax.tree.map(lambda b, m: b.at[slot].set(m), buffer, moments), step + 1
 
 
-def pass_over_arrays(setting: Setting, variables: Any, rngs: Any, arrays: Any, batch_size: int) -> list[Result]:
+def pass_over_arrays(asked: Request, arrays: Any, batch_size: int) -> list[Result]:
     """The moments of arrays in strided batches, by scans on the device."""
+    setting, variables, rngs = asked[:3]
     groups = data.strided_rows(data.count_samples(arrays), batch_size)
     arrays = jax.tree.map(jnp.asarray, arrays)
     if setting.sharding is not None:
@@ -94,8 +96,9 @@ def pass_over_arrays(setting: Setting, variables: Any, rngs: Any, arrays: Any, b
     return results
 
 
-def pass_over_stream(setting: Setting, variables: Any, rngs: Any, batches: Iterable[Any]) -> list[Result]:
+def pass_over_stream(asked: Request, batches: Iterable[Any]) -> list[Result]:
     """The moments of a stream of batches; nothing is read back from the device."""
+    setting, variables, rngs = asked[:3]
     passes = Compiled(Pass, setting)
     results: list[Result] = []
     buffers: dict[Pass, list[Moments]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.jaxprs import as_function, evaluate, is_variable, opened, read, subjaxprs
-from flaxbn.tap import OnTap, Tap, is_bound, tap_p
+from flaxbn.tap import OnTap, as_tap, tap_p
 
 
 class Program:
@@ -77,7 +77,7 @@ class Program:
 
     def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
         if eqn.primitive is tap_p:
-            mean, var, record = on_tap(_tap(eqn.params, values, site))
+            mean, var, record = on_tap(as_tap(eqn.params, values, site))
             return [_of_type(a, v.aval) for a, v in zip((mean, var), eqn.outvars)], [record]
         programs = self.inner(eqn)
         kind = kind_of(eqn)
@@ -108,20 +108,6 @@ class Program:
             if id(jaxpr) not in self._inner:
                 self._inner[id(jaxpr)] = Program(opened(jaxpr), getattr(jaxpr, "consts", ()))
         return [self._inner[id(jaxpr)] for jaxpr in jaxprs]
-
-
-def _tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
-    x, mean, var, *others = values
-    weights = others.pop(0) if params["has_weights"] else None
-    domain = others.pop(0) if params["has_domain"] else None
-    axis_name = params["axis_name"]
-    if axis_name is not None and not is_bound(axis_name):
-        raise ValueError(
-            f"{params['layer']} synchronizes over the axis {axis_name!r} of a transformation inside the model, which "
-            "statistics chosen from outside cannot follow. Map the model over that axis from outside."
-        )
-    groups = params["axis_index_groups"]
-    return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], axis_name, groups, site, params["layer"])
 
 
 def _of_type(a: Any, aval: Any) -> Array:

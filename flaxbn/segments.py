@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from flaxbn.jaxprs import as_function, is_variable, opened
+from flaxbn.jaxprs import as_function, as_key, is_variable, structure
 from flaxbn.moments import Moments
 from flaxbn.readers import check_values, measure_tap
 from flaxbn.setting import Setting, Shapes
@@ -22,6 +21,9 @@ from flaxbn.sites import find_sites, sample_weights
 from flaxbn.tap import as_tap, tap_p
 from flaxbn.unroll import unroll
 from flaxbn.work import work
+
+_ROWS = 256
+_BUFFER_BYTES = 2**26
 
 Values = dict[Any, Any]
 """Variables of a program, and what they hold for one batch."""
@@ -46,18 +48,25 @@ class Segments:
         taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]
         self.taps = [taps[site] for site in self.sites.entries]
         self.layers = [eqn.params["layer"] for eqn in self.taps]
-        weights = len(jax.tree.leaves(shapes.abstract()[0]))
+        variables, batch, _ = shapes.abstract()
+        weights, self._batch_leaves = len(jax.tree.leaves(variables)), len(jax.tree.leaves(batch))
         self._shared = [*jaxpr.constvars, *jaxpr.invars[:weights]]
         self.inputs = jaxpr.invars[weights:]
-        self.live, stages = _cut(jaxpr.eqns, self.inputs, self.taps)
         self.sample_weights = jax.jit(lambda batch, present: sample_weights(setting, batch, present))
         self._compiled: dict[Hashable, Any] = {}
-        made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if eqn not in self.taps for v in eqn.outvars}
+        tapped = set(map(id, self.taps))
+        made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
+        self.live, stages = _cut(jaxpr.eqns, made_by, self.inputs, self.taps)
         self.segments = [Segment(self, k, stage, made_by) for k, stage in enumerate(stages)]
 
     def shared(self, variables: Any) -> Values:
         """The variables that hold the same for all batches, but for the statistics."""
         return dict(zip(self._shared, (*self.sites.program.consts, *jax.tree.leaves(variables))))
+
+    @property
+    def uses_keys(self) -> bool:
+        """Whether some call's input depends on random keys."""
+        return any(v in self.live[0] for v in self.inputs[self._batch_leaves :])
 
     def bytes(self, call: int) -> int:
         """The size of what lives before a call."""
@@ -80,7 +89,7 @@ class Segment:
 
     def __init__(self, whole: Segments, call: int, stage: Sequence[int], made_by: Mapping[Any, int]) -> None:
         self._whole = whole
-        self._call = call
+        self._site = list(whole.sites.entries)[call]
         self._tap = tap = whole.taps[call]
         eqns = whole.sites.program.jaxpr.eqns
         before, after = whole.live[call], whole.live[call + 1]
@@ -101,25 +110,34 @@ class Segment:
 
     def measure(
         self, values: Values, shared: Values, retained: Values, weights: Array | None, buffer: Moments, slot: int
-    ) -> tuple[Values, Moments]:
-        """What the segment adds to `values`, and the buffer with the moments of the call's input in row `slot`.
+    ) -> tuple[Moments, Values, Array]:
+        """The buffer with the moments of the call's input in row `slot`; what the segment adds to `values`; a token.
 
-        Overwrites what is not needed any more, unless it is in `retained`.
+        Overwrites what is not needed any more, unless it is in `retained`. The token is ready when all is.
         """
         spent = [values[v] if v in self._spent and v not in retained else None for v in self._read]
         kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
         given = [shared[v] for v in self._shared]
-        buffer, made = self._measure(spent, kept, given, weights, buffer, slot)
-        return dict(zip(self._made, made)), buffer
+        buffer, made, done = self._measure(spent, kept, given, weights, buffer, slot)
+        return buffer, dict(zip(self._made, made)), done
 
     def advance(self, values: Values, shared: Values) -> Values:
         """What the segment adds to `values`."""
         return dict(zip(self._made, self._advance([values[v] for v in self._read], [shared[v] for v in self._shared])))
 
-    def empty(self, rows: int) -> Moments:
+    def check_values(self) -> None:
+        """A single value per channel in this batch is an error."""
+        check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
+
+    @property
+    def rows(self) -> int:
+        """How many batches a buffer has room for."""
+        return min(_ROWS, max(1, _BUFFER_BYTES // (12 * max(self._tap.outvars[0].aval.size, 1))))
+
+    def empty(self) -> Moments:
         """Room for the moments of some batches: zeros, which merging ignores."""
         mean, var = (v.aval for v in self._tap.outvars)
-        return Moments(*(jnp.zeros((rows, *a.shape), a.dtype) for a in (var, mean, var)))
+        return Moments(*(jnp.zeros((self.rows, *a.shape), a.dtype) for a in (var, mean, var)))
 
     def statistics(self, mean: Array, var: Array) -> Values:
         """What the call lets through, as variables shared by later segments."""
@@ -128,11 +146,10 @@ class Segment:
     @cached_property
     def _key(self) -> Hashable:
         params = {name: value for name, value in self._tap.params.items() if name != "layer"}
-        site = list(self._whole.sites.entries)[self._call]
-        places = tuple(v in self._spent for v in self._read), self._whole.sites.batch_axes.get(site)
+        places = tuple(v in self._spent for v in self._read), self._whole.sites.batch_axes.get(self._site)
         shape = tuple(v.aval for v in self._tap.invars[1:3])
         invars, outvars = [*self._read, *self._shared], [*self._operands, *self._made]
-        return len(self._read), places, shape, _params_key(params), structure(invars, self._eqns, outvars)
+        return len(self._read), places, shape, as_key(params), structure(invars, self._eqns, outvars)
 
     @cached_property
     def _function(self) -> Any:
@@ -154,32 +171,32 @@ class Segment:
 
     def _measured(
         self, spent: list[Any], kept: list[Any], shared: list[Any], weights: Any, buffer: Moments, slot: Any
-    ) -> tuple[Moments, list[Any]]:
+    ) -> tuple[Moments, list[Any], Array]:
         read = [k if s is None else s for s, k in zip(spent, kept)]
         outputs = self._function(*read, *shared)
         (x, *others), made = outputs[: len(self._operands)], outputs[len(self._operands) :]
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
-        tap = as_tap(self._tap.params, [x, *stored, *others], list(self._whole.sites.entries)[self._call])
+        tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
         moments = measure_tap(tap, self._whole.sites.weights(tap, weights))
-        return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments), made
+        return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments), made, slot + 1
 
 
 def _cut(
-    eqns: Sequence[Any], inputs: Sequence[Any], taps: Sequence[Any]
+    eqns: Sequence[Any], made_by: Mapping[Any, int], inputs: Sequence[Any], taps: Sequence[Any]
 ) -> tuple[list[dict[Any, None]], list[list[int]]]:
     """The variables that live before each tap and after the last; the equations that vary by batch, for each tap."""
-    varying, made_by = set(inputs), {}
-    for i, eqn in enumerate(eqns):
-        if eqn not in taps and not varying.isdisjoint(v for v in eqn.invars if is_variable(v)):
-            varying.update(eqn.outvars)
-            made_by.update(dict.fromkeys(eqn.outvars, i))
+    varying = set(inputs)
+    for eqn in eqns:
+        if not varying.isdisjoint(v for v in eqn.invars if is_variable(v)):
+            varying.update(v for v in eqn.outvars if v in made_by)
+    made_by = {v: i for v, i in made_by.items() if v in varying}
     born: dict[Any, int] = dict.fromkeys(inputs, -1)
     last: dict[Any, int] = {}
     stages: list[list[int]] = []
     for k, tap in enumerate(taps):
         operands = [tap.invars[0], *tap.invars[3:]]
-        stage = sorted(i for i in _closure(operands, born, eqns, made_by))
-        born |= {v: k for i in stage for v in eqns[i].outvars if v in varying}
+        stage = sorted(_closure(operands, born, eqns, made_by))
+        born |= {v: k for i in stage for v in eqns[i].outvars}
         read = [v for i in stage for v in eqns[i].invars] + operands
         last |= {v: k for v in read if is_variable(v) and v in varying}
         stages.append(stage)

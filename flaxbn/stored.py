@@ -57,6 +57,16 @@ def widened(batch_stats: Any) -> Any:
     return jax.tree_util.tree_map_with_path(wide, batch_stats)
 
 
+def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
+    """The stored means and variances of all entries, by number."""
+    leaves = dict(_named_leaves(batch_stats))
+    mean, var = (
+        np.concatenate([np.ravel(jax.device_get(leaves[(*path, name)])) for path in layers.entries])
+        for name in ("mean", "var")
+    )
+    return mean, var
+
+
 def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: int) -> list[np.ndarray | None]:
     """For each tap of a program the numbers of the entries that it reads, stacked as the program's records are.
 

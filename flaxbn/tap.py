@@ -3,7 +3,7 @@
 `(x, mean, var) -> (mean', var')`, an identity unless a reader of the traced program decides otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,21 @@ def is_bound(axis_name: Any) -> bool:
         return axis_name is not None and bool(jax.lax.axis_size(axis_name))
     except NameError:
         return False
+
+
+def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
+    """The operands and parameters of one equation of the primitive."""
+    x, mean, var, *others = values
+    weights = others.pop(0) if params["has_weights"] else None
+    domain = others.pop(0) if params["has_domain"] else None
+    axis_name = params["axis_name"]
+    if axis_name is not None and not is_bound(axis_name):
+        raise ValueError(
+            f"{params['layer']} synchronizes over the axis {axis_name!r} of a transformation inside the model, which "
+            "statistics chosen from outside cannot follow. Map the model over that axis from outside."
+        )
+    groups = params["axis_index_groups"]
+    return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], axis_name, groups, site, params["layer"])
 
 
 def _tap_value(x: Array, mean: Array, var: Array, *others: Array, **params: Any) -> list[Array]:

@@ -59,7 +59,7 @@ def _run_inside(program: Program, eqn: Any, values: list[Any], calls: list[str])
             layer = next(name for p in inner for name in p.layer_names())
             raise ValueError(
                 f"{layer} must not lie inside a `cond` that data or variables decide, since exact statistics take all "
-                'batches through one layer after the other. Decide in Python, leave the layer out of `call`, or use '
+                "batches through one layer after the other. Decide in Python, leave the layer out of `call`, or use "
                 'method="precise".'
             )
         return _run(inner[int(index)], values, calls)

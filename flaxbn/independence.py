@@ -1,0 +1,139 @@
+"""Whether the examples of a batch are independent of each other: statistics of parts must be those of the whole."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import DenyList
+
+from flaxbn import batches as data
+from flaxbn import observe, stored
+from flaxbn.moments import Moments, merge
+from flaxbn.observe import Call
+from flaxbn.readers import measure_tap
+from flaxbn.request import call_directly, check_model
+from flaxbn.tap import Tap
+
+_TOLERANCE = 1e-3
+
+
+def assert_batch_independent(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+) -> None:
+    """Raises unless evaluating an example gives the same whatever else is in the batch.
+
+    The batch is cut into two uneven parts, every third example and the others. With the stored statistics, the merged
+    moments of what each batch-norm layer receives must be those of the whole batch: `|mean' - mean| <= 1e-3 std` and
+    `|var' - var| <= 1e-3 var`, where rounding comes to 1e-6 and mixing examples to 1e-1 (half precision: the unit of
+    its rounding in the place of 1e-3). Then each array that `call` returns with the examples along its leading axis
+    must have the same rows, by the same measure.
+
+    Args:
+        model: the model, with or without batch-norm layers.
+        variables: its variables; read only.
+        batch: a pytree of arrays with a common leading axis of at least two examples.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Raises:
+        ValueError: naming the first layer behind which examples are mixed, or the output; or if the batch is too small.
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    check_model(model)
+    if data.count_samples(batch) < 2:
+        raise ValueError("`batch` must hold at least two examples, to be cut into parts: got one.")
+    function = call or call_directly
+    whole = jax.tree.map(jnp.asarray, batch)
+    parts = [jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in split(data.count_samples(whole))]
+    layers, found = _stored_moments(model, variables, whole, function)
+    measured = [_stored_moments(model, variables, part, function)[1] for part in parts]
+    check_parts(layers, found, [_merge_all(pair) for pair in zip(*measured)])
+    _check_outputs(*(_outputs(model, variables, part, function) for part in (whole, *parts)))
+
+
+def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of two uneven parts, interleaved, so that parts are no blocks that a model might respect."""
+    rows = np.arange(samples)
+    return rows[::3], np.delete(rows, np.s_[::3])
+
+
+def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any]) -> None:
+    """The moments of the whole, `(Moments, dtype of the values)` for each call, against those of its parts, merged."""
+    for layer, (moments, dtype), (again, _) in zip(layers, whole, parts, strict=True):
+        if _differ(jax.device_get(moments), jax.device_get(again), dtype):
+            raise ValueError(
+                f"Each example must be evaluated by itself: what {layer} receives changes with the other examples of "
+                "the batch, so something before it mixes them (a mean over the batch, a layer in training mode that "
+                "is not batch normalization, an order of examples, pairs). Its statistics would depend on the batch "
+                'size. Mend the model or `call`; where mixing is meant, method="precise" with the batches of training '
+                "is the estimate to use."
+            )
+
+
+def _differ(whole: Moments, parts: Moments, dtype: Any) -> bool:
+    seen = whole.count > 0
+    rounding = float(jnp.finfo(dtype).eps)
+    tolerance = max(_TOLERANCE, rounding)
+    power = np.mean(np.abs(whole.mean) ** 2 + whole.var, where=seen) if seen.any() else 0.0
+    var = whole.var.astype(np.float64) + rounding * power + np.finfo(np.float64).tiny
+    wrong = np.abs(parts.count - whole.count) > 1e-5 * whole.count
+    wrong |= ~(np.abs(parts.mean - whole.mean) <= tolerance * np.sqrt(var))
+    wrong |= ~(np.abs(parts.var - whole.var) <= tolerance * var)
+    return bool(np.any(wrong & seen))
+
+
+def _merge_all(parts: Sequence[Any]) -> Any:
+    return merge(*(moments for moments, _ in parts)), parts[0][1]
+
+
+def _stored_moments(model: nn.Module, variables: Any, batch: Any, call: Call) -> tuple[list[str], list[Any]]:
+    """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
+    if "batch_stats" in variables:
+        variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
+    program, _ = observe.trace(model, variables, batch, call, None)
+
+    def on_tap(tap: Tap) -> Any:
+        return tap.mean, tap.var, measure_tap(tap, None)
+
+    _, records = jax.jit(partial(program.run, on_tap=on_tap))(jax.tree.leaves((variables, batch)))
+    return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))
+
+
+def _outputs(model: nn.Module, variables: Any, batch: Any, call: Call) -> list[np.ndarray]:
+    @jax.jit
+    def run(variables: Any, batch: Any) -> list[Any]:
+        output, _ = model.apply(variables, batch, method=call, mutable=DenyList("params"))
+        return [leaf for leaf in jax.tree.leaves(output) if observe.is_array(leaf) and leaf.ndim]
+
+    return [np.asarray(leaf) for leaf in run(variables, batch)]
+
+
+def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
+    for i, (expected, *found) in enumerate(zip(whole, *parts, strict=True)):
+        samples = len(expected)
+        rows = split(samples)
+        if [len(part) for part in found] != [len(part) for part in rows]:
+            continue
+        again = np.empty_like(expected)
+        for part, values in zip(rows, found):
+            again[part] = values
+        if _rows_differ(expected, again):
+            raise ValueError(
+                f"Each example must be evaluated by itself: output {i} of `call`, of shape {expected.shape}, changes "
+                "with the other examples of the batch. A batch-norm layer in training mode does that, and whatever "
+                "else reduces over the batch: evaluate with `use_running_average=True`, and mend what mixes examples."
+            )
+
+
+def _rows_differ(expected: np.ndarray, found: np.ndarray) -> bool:
+    if not jnp.issubdtype(expected.dtype, jnp.inexact):
+        return not np.array_equal(expected, found)
+    tolerance = max(_TOLERANCE, float(jnp.finfo(expected.dtype).eps))
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    expected, found = expected.astype(wide), found.astype(wide)
+    scale = np.sqrt(np.nanmean(np.abs(expected) ** 2)) if np.isfinite(expected).any() else 0.0
+    close = np.abs(found - expected) <= tolerance * scale
+    return bool(np.any(~close & ~(np.isnan(expected) & np.isnan(found)) & (expected != found)))

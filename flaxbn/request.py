@@ -1,0 +1,102 @@
+"""What a user asks to be estimated, checked and made ready for any method."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn import mesh, stored
+from flaxbn.observe import Call
+from flaxbn.setting import Key, Setting
+
+
+class Request(NamedTuple):
+    """The checked arguments of an estimate, but for the data.
+
+    Attributes:
+        setting: what is compiled for it depends on this.
+        variables: on the devices, the statistics in float32 or wider.
+        rngs: on the devices.
+        layers: all layers that have stored statistics.
+        wanted: those to estimate.
+    """
+
+    setting: Setting
+    variables: dict[str, Any]
+    rngs: dict[str, Any]
+    layers: stored.StoredLayers
+    wanted: stored.StoredLayers
+
+
+def request(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Call | None,
+    sample_weight: Callable[[Any], Array] | None,
+    only: Callable[[str], bool] | None,
+    sharding: NamedSharding | None,
+    rngs: Mapping[str, Array] | None,
+) -> Request:
+    """Checks the arguments and brings the variables to where the batches will lie."""
+    check_model(model)
+    _check_batch_stats(variables)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
+        raise TypeError(
+            "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
+            "outside of `jax.jit`, `jax.pmap` and other transformations."
+        )
+    layers = stored.stored_layers(variables["batch_stats"])
+    wanted = _wanted_layers(layers, only, model)
+    function = call or call_directly
+    setting = Setting(Key(model), function, sample_weight, frozenset(wanted.entries), sharding, _tracing_options())
+    arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
+    arrays = {**arrays, "batch_stats": stored.widened(arrays["batch_stats"])}
+    if sharding is not None:
+        arrays, keys = jax.device_put((arrays, keys), mesh.replicated(sharding))
+    return Request(setting, arrays, keys, layers, wanted)
+
+
+def call_directly(module: Any, batch: Any) -> Any:
+    """The default of `call`."""
+    return module(batch)
+
+
+def check_model(model: Any) -> None:
+    """A model must be a module, not a function in which its layers cannot be seen."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
+            "method or a compiled function, inside which the batch-norm layers cannot be seen."
+        )
+
+
+def _tracing_options() -> tuple[Any, ...]:
+    """What decides how jax traces, besides shapes."""
+    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+    return tuple(getattr(jax.config, name) for name in names)
+
+
+def _wanted_layers(
+    layers: stored.StoredLayers, only: Callable[[str], bool] | None, model: nn.Module
+) -> stored.StoredLayers:
+    if not layers.entries:
+        raise ValueError(
+            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
+            "none."
+        )
+    wanted = stored.select(layers, only)
+    if not wanted.entries:
+        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
+        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    return wanted
+
+
+def _check_batch_stats(variables: Any) -> None:
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")
