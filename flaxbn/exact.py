@@ -28,13 +28,25 @@ from flaxbn.request import Request, request
 from flaxbn.results import Result, merge_steps, merged
 from flaxbn.segments import Segments, Values
 from flaxbn.setting import Compiled, Setting, Shapes, shapes_of
-from flaxbn.sites import find_sites
+from flaxbn.sites import Sites, find_sites
 from flaxbn.tap import Tap
 from flaxbn.unroll import unroll
 
 _AHEAD = 2
 
 _merge_steps = jax.jit(merge_steps)
+
+
+@jax.jit
+def _finish(chunks: Sequence[Any], mean: Array, var: Array) -> tuple[Moments, list[Array], Array, Array]:
+    """The moments of all chunks, where each is not finite, and the statistics that a call lets through."""
+    merged_moments = merge(*(moments for (moments,), _ in chunks))
+    return merged_moments, [bad for _, (bad,) in chunks], *replace_seen(mean, var, merged_moments)
+
+
+@jax.jit
+def _merge_each(*parts: list[Moments]) -> list[Moments]:
+    return merge(*parts)
 
 
 def plan(
@@ -209,15 +221,12 @@ def _run(asked: Request, batches: Sequence[_Batch], kept: Sequence[bool], watche
     base = 0
     for call, keeps in enumerate(kept):
         chunks, seen = _measure(asked, batches, shared, base, call, keeps, watched)
-        rows = batches[0].segments.segments[call].rows
-        bad = [int(first[0]) for _, first in chunks]
-        found.first_bad.append(next((i * rows + b for i, b in enumerate(bad) if b >= 0), -1))
-        found.moments.append(merge(*(measured[0] for measured, _ in chunks)))
-        found.watched.append(seen)
-        entries = batches[0].segments.entries[call]
-        default_mean, default_var = (jnp.asarray(a[entries - 1]) for a in defaults)
-        mean, var = replace_seen(default_mean, default_var, found.moments[-1])
+        rows, entries = batches[0].segments.segments[call].rows, batches[0].segments.entries[call]
+        moments, bad, mean, var = _finish(chunks, *(a[entries - 1] for a in defaults))
+        found.moments.append(moments)
         found.statistics.append((mean, var))
+        found.watched.append(seen)
+        found.first_bad.append(next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1))
         for key, whole in wholes.items():
             shared[key] |= whole.segments[call].statistics(mean, var)
         base = call + 1 if keeps else base
@@ -291,15 +300,12 @@ def _check_independence(asked: Request, batches: Sequence[_Batch], found: _Found
     watched = [list(moments) for moments in zip(*found.watched)]
     if len(batches) == 1:
         whole, batch = watched[0], first.fetch()
-        probed = []
-        for rows in split(first.size):
-            weights = _weights_of(asked, [first], rows)
-            probed.append(_probe(asked, jax.tree.map(lambda a, rows=rows: a[rows], batch), weights, found))
-        parts = [merge(*pair) for pair in zip(*probed, strict=True)]
+        rows = split(first.size)
+        cut = [jax.tree.map(lambda a, part=part: a[part], batch) for part in rows]
+        parts = _probe(asked, cut, [_weights_of(asked, batches, part) for part in rows], found)
     else:
-        parts = [merge(*pair) for pair in zip(*watched)]
         batch = jax.tree.map(lambda *a: np.concatenate(a), *(batch.fetch() for batch in batches))
-        whole = _probe(asked, batch, _weights_of(asked, batches, [0]), found)
+        whole, parts = _probe(asked, [batch], [_weights_of(asked, batches, [0])], found), _merge_each(*watched)
     check_parts(layers, list(zip(whole, dtypes)), list(zip(parts, dtypes)))
 
 
@@ -309,34 +315,42 @@ def _weights_of(asked: Request, batches: Sequence[_Batch], rows: Any) -> Array |
     return jnp.concatenate([jnp.asarray(batch.weights)[np.asarray(rows)] for batch in batches])
 
 
-def _probe(asked: Request, batch: Any, weights: Array | None, found: _Found) -> list[Moments]:
-    """The moments of each call's input for some samples, with the statistics found."""
+def _probe(asked: Request, parts: Sequence[Any], weights: Sequence[Array | None], found: _Found) -> list[Moments]:
+    """The merged moments of each call's input for some samples in parts, with the statistics found."""
     sharding = asked.setting.sharding
-    batch = jax.tree.map(jnp.asarray, batch)
+    parts = jax.tree.map(jnp.asarray, parts)
     if sharding is not None:
-        batch, weights = jax.device_put((batch, weights), mesh.replicated(sharding))
-    probe = Compiled(_Probe, asked.setting)[shapes_of(asked.variables, batch, asked.rngs, padded=False)]
+        parts, weights = jax.device_put((parts, weights), mesh.replicated(sharding))
+    shapes = tuple(shapes_of(asked.variables, part, asked.rngs, padded=False) for part in parts)
     try:
-        return probe.run(asked.variables, asked.rngs, batch, weights, found.statistics)
+        probe = Compiled(_Probe, asked.setting)[shapes]
+        return probe.run(asked.variables, asked.rngs, parts, weights, found.statistics)
     except Exception as error:
-        error.add_note(f"raised for {data.count_samples(batch)} samples, to check that examples are independent")
+        sizes = [data.count_samples(part) for part in parts]
+        error.add_note(f"raised for parts of {sizes} samples, which check that examples are independent")
         raise
 
 
 class _Probe:
-    """A pass of one batch with given statistics."""
+    """A pass of a few batches with given statistics."""
 
-    def __init__(self, setting: Setting, shapes: Shapes) -> None:
-        self._sites = find_sites(setting, shapes, unroll)
+    def __init__(self, setting: Setting, shapes: Sequence[Shapes]) -> None:
+        self._sites = [find_sites(setting, shape, unroll) for shape in shapes]
         self.run = jax.jit(self._run)
 
-    def _run(self, variables: Any, rngs: Any, batch: Any, weights: Any, statistics: Sequence[Any]) -> list[Moments]:
-        given = dict(zip(self._sites.entries, statistics, strict=True))
+    def _run(self, variables: Any, rngs: Any, batches: Sequence[Any], weights: Any, given: Any) -> list[Moments]:
+        leaves = [jax.tree.leaves((variables, batch, rngs)) for batch in batches]
+        measured = [_measured(*args, given) for args in zip(self._sites, leaves, weights, strict=True)]
+        return merge(*measured)
 
-        def on_tap(tap: Tap) -> tuple[Array, Array, Moments | None]:
-            if tap.site not in given:
-                return stored_statistics(tap)
-            return *given[tap.site], measure_tap(tap, self._sites.weights(tap, weights))
 
-        _, records = self._sites.program.run(jax.tree.leaves((variables, batch, rngs)), on_tap)
-        return [record for record in records if record is not None]
+def _measured(sites: Sites, leaves: Sequence[Any], weights: Array | None, given: Sequence[Any]) -> list[Moments]:
+    statistics = dict(zip(sites.entries, given, strict=True))
+
+    def on_tap(tap: Tap) -> tuple[Array, Array, Moments | None]:
+        if tap.site not in statistics:
+            return stored_statistics(tap)
+        return *statistics[tap.site], measure_tap(tap, sites.weights(tap, weights))
+
+    _, records = sites.program.run(leaves, on_tap)
+    return [record for record in records if record is not None]

@@ -87,5 +87,5 @@ def as_key(value: Any) -> Hashable:
 
 def _parameters(eqn: Any) -> Hashable:
     """The parameters that decide the value of an equation; the rules of its differentiation do not."""
-    is_custom = eqn.primitive.name.startswith("custom_")
-    return as_key({name: p for name, p in eqn.params.items() if not (is_custom and callable(p))})
+    is_custom = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+    return as_key({name: p for name, p in eqn.params.items() if not is_custom or hasattr(opened(p), "eqns")})

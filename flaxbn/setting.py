@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -79,17 +79,17 @@ def shapes_of(variables: Any, batch: Any, rngs: Any, *, padded: bool) -> Shapes:
 _kept: OrderedDict[Any, Any] = OrderedDict()
 
 
-class Compiled(dict[Shapes, Any]):
+class Compiled(dict[Hashable, Any]):
     """What `make(setting, shapes)` compiles for one estimate, by shapes.
 
     The last 16 of the process outlive it, if nothing in their settings can change.
     """
 
-    def __init__(self, make: Callable[[Setting, Shapes], Any], setting: Setting) -> None:
+    def __init__(self, make: Callable[[Setting, Any], Any], setting: Setting) -> None:
         self._make = make
         self._setting = setting
 
-    def __missing__(self, shapes: Shapes) -> Any:
+    def __missing__(self, shapes: Hashable) -> Any:
         key = (self._make, self._setting, shapes)
         if self._setting.is_lasting and key in _kept:
             _kept.move_to_end(key)
