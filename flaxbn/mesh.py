@@ -23,7 +23,7 @@ def replicated(sharding: NamedSharding) -> NamedSharding:
 
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:
     """The free memory of the device that has least; None where a device does not tell."""
-    stats = [device.memory_stats() for device in devices]
-    if not all(stats):
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
         return None
-    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats if s)
+    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

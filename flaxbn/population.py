@@ -92,14 +92,22 @@ def estimate_population_stats(
 ) -> Any:
     """The population statistics of all batch-norm layers, from one pass over data with the weights frozen.
 
-    Each layer normalizes by the statistics of its own batch, and the moments of all batches are merged exactly, by
-    the law of total variance (PreciseBN; Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3):
+    With `method="precise"` each layer normalizes by the statistics of its own batch, and the moments of all batches
+    are merged exactly, by the law of total variance (PreciseBN; Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+    section 3):
 
         mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + |mean_k - mean|^2) / n
 
     with `n_k` positions in batch k, the last and smaller one included. The first layer's statistics do not depend on
     the batch size; those of deeper layers do, by about 1/B for each level, since the layers above normalize by the
     batch.
+
+    With `method="exact"` each layer normalizes by the merged statistics of all batches: the result is that of the whole
+    set as one batch, whatever the batch size, the order and the devices. All batches are taken through one layer after
+    the other, one forward pass in all; what later layers need of all batches is kept, as far as `memory_limit` allows,
+    and computed again beyond (`flaxbn.plan` tells beforehand). Loops with layers inside are unrolled, up to 512 calls.
+    Examples must not affect each other, but through batch normalization: the result is checked for it on one batch,
+    unless `call` draws random numbers.
 
     Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
     which counts as plain batch normalization. The compiled pass is reused where the model, `call`, `sample_weight`, the
@@ -110,13 +118,14 @@ def estimate_population_stats(
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
-            batches, each such a pytree, which is read once.
+            batches, each such a pytree, which is read once. (Exact statistics hold all batches of an iterable, where
+            they are, until the first layer is done.)
         call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
             `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
         batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
-            is `x[k::K]`. The pass is a scan on the device.
+            is `x[k::K]`. The precise pass is a scan on the device; the exact one leaves arrays where they are.
         num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
-        method: "precise", as described above.
+        method: "precise" or "exact", as described above.
         sample_weight: `batch -> (B,)`, the weights of the samples, in statistics and normalization alike. A sample
             whose weight is not positive takes no part, whatever it holds. Layers must keep the samples in the order of
             the batch.
@@ -124,6 +133,8 @@ def estimate_population_stats(
             and use their stored statistics.
         keep_unseen: leave what saw no data, a domain for example, with its stored statistics, where it is an error
             otherwise.
+        memory_limit: for `method="exact"`, how many bytes of live values each device may keep; by default half of its
+            free memory where it tells it, otherwise any number.
         sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
             A batch is then the global batch; what does not divide is padded with samples of weight 0, which models
             that mix the samples of a batch would see. Arrays given with `batch_size` are held whole by each device.
@@ -137,7 +148,9 @@ def estimate_population_stats(
         TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
         ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
             `num_samples`; statistics are not finite; a layer has one value per channel; a layer lies inside a
-            `while` loop or `shard_map`; or, with `sample_weight`, the batch axis of a layer's input is not known.
+            `while` loop or `shard_map`; or, with `sample_weight`, the batch axis of a layer's input is not known. With
+            `method="exact"` also if a layer lies inside a `cond` that data or variables decide, or the model mixes the
+            examples of a batch.
 
     Warns:
         UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
@@ -180,8 +193,9 @@ def population_moments(
     """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
 
     Returns:
-        A tree like `batch_stats`, with one Moments in the place of each layer's variables. Trees of different parts
-        of the data merge by `flaxbn.merge`; `to_batch_stats` turns them into statistics.
+        A tree like `batch_stats`, with one Moments in the place of each layer's variables; `to_batch_stats` turns it
+        into statistics. Precise moments of different parts of the data merge by `flaxbn.merge` into those of one pass
+        over all. Exact ones do not, but for the first layer: deeper ones depend on the statistics of the whole set.
     """
     if method not in ("precise", "exact"):
         raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')

@@ -1,0 +1,140 @@
+"""All batches in lockstep: every one up to the input of a layer, and on with the statistics of all."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+
+from flaxbn import batches as data
+from flaxbn import stored
+from flaxbn.moments import Moments, merge
+from flaxbn.readers import replace_seen
+from flaxbn.request import Request
+from flaxbn.results import merge_steps
+from flaxbn.segments import Segments, Values
+
+_AHEAD = 2
+
+_merge_steps = jax.jit(merge_steps)
+
+
+@jax.jit
+def _finish(chunks: Sequence[Any], mean: Array, var: Array) -> tuple[Moments, list[Array], Array, Array]:
+    """The moments of all chunks, where each is not finite, and the statistics that a call lets through."""
+    merged_moments = merge(*(moments for (moments,), _ in chunks))
+    return merged_moments, [bad for _, (bad,) in chunks], *replace_seen(mean, var, merged_moments)
+
+
+@dataclass
+class Batch:
+    """One batch on its way.
+
+    Attributes:
+        number: its place in the data, from 0.
+        size: its samples, without padding.
+        fetch: reads it.
+        segments: what runs it.
+        values: what is kept of it at the last kept boundary; None where that is the data.
+        weights: the weights of its samples, once it has been read.
+    """
+
+    number: int
+    size: int
+    fetch: Callable[[], Any]
+    segments: Segments
+    values: Values | None = None
+    weights: Array | None = None
+
+
+class Found(NamedTuple):
+    """What a run ends with; a list with one item for each call.
+
+    Attributes:
+        moments: those of all batches.
+        statistics: the mean and variance that the call let through.
+        first_bad: the first batch whose moments are not finite, or -1.
+        watched: the moments of each watched batch.
+    """
+
+    moments: list[Moments]
+    statistics: list[tuple[Array, Array]]
+    first_bad: list[int]
+    watched: list[list[Moments]]
+
+
+def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], watched: Sequence[int]) -> Found:
+    """All batches through one call after the other; blocks once for each call."""
+    wholes = {id(batch.segments): batch.segments for batch in batches}
+    shared = {key: whole.shared(asked.variables) for key, whole in wholes.items()}
+    defaults = stored.flat_statistics(asked.variables["batch_stats"], asked.layers)
+    found = Found([], [], [], [])
+    base = 0
+    for call, keeps in enumerate(kept):
+        chunks, seen = _measure(asked, batches, shared, base, call, keeps, watched)
+        rows, entries = batches[0].segments.segments[call].rows, batches[0].segments.entries[call]
+        moments, bad, mean, var = _finish(chunks, *(a[entries - 1] for a in defaults))
+        found.moments.append(moments)
+        found.statistics.append((mean, var))
+        found.watched.append(seen)
+        found.first_bad.append(next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1))
+        for key, whole in wholes.items():
+            shared[key] |= whole.segments[call].statistics(mean, var)
+        base = call + 1 if keeps else base
+    return found
+
+
+def _measure(
+    asked: Request,
+    batches: Sequence[Batch],
+    shared: Mapping[int, Values],
+    base: int,
+    call: int,
+    keeps: bool,
+    watched: Sequence[int],
+) -> tuple[list[Any], list[Moments]]:
+    """The merged moments of one call's input in chunks, and those of the watched batches."""
+    chunks: list[Any] = []
+    seen: list[Moments] = []
+    ahead: deque[Array] = deque()
+    for batch in batches:
+        segment = batch.segments.segments[call]
+        slot = batch.number % segment.rows
+        if slot == 0:
+            buffer = segment.empty()
+        common = shared[id(batch.segments)]
+        values = _values(asked, batch, common, base, call)
+        retained: Values = {} if keeps or batch.values is None else batch.values
+        if keeps:
+            batch.values = None
+        buffer, made, done = segment.measure(values, common, retained, batch.weights, buffer, slot)
+        if keeps:
+            batch.values = {v: a for v, a in values.items() if v not in segment.dead} | made
+        if batch.number in watched:
+            seen.append(jax.tree.map(lambda a, slot=slot: a[slot], buffer))
+        if slot == segment.rows - 1 or batch is batches[-1]:
+            chunks.append(_merge_steps([buffer]))
+        ahead.append(done)
+        if len(ahead) > _AHEAD:
+            jax.block_until_ready(ahead.popleft())
+    return chunks, seen
+
+
+def _values(asked: Request, batch: Batch, shared: Values, base: int, call: int) -> Values:
+    """What lives of a batch before a call, computed from what is kept."""
+    values = _fetch(asked, batch) if batch.values is None else dict(batch.values)
+    for segment in batch.segments.segments[base:call]:
+        made = segment.advance(values, shared)
+        values = {v: a for v, a in values.items() if v not in segment.dead} | made
+    return values
+
+
+def _fetch(asked: Request, batch: Batch) -> Values:
+    placed, present = data.placed(batch.fetch(), asked.setting.sharding)
+    if batch.weights is None:
+        batch.weights = batch.segments.sample_weights(placed, present)
+    keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
+    values = dict(zip(batch.segments.inputs, jax.tree.leaves((placed, keys))))
+    return {v: values[v] for v in batch.segments.live[0]}
