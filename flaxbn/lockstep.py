@@ -16,7 +16,7 @@ from flaxbn.request import Request
 from flaxbn.results import merge_steps
 from flaxbn.segments import Segments, Values
 
-_AHEAD = 2
+_AHEAD = 1
 
 _merge_steps = jax.jit(merge_steps)
 
