@@ -20,3 +20,4 @@ from flaxbn.population import to_batch_stats as to_batch_stats
 from flaxbn.renorm import correction as correction
 from flaxbn.renorm import paper_d_max as paper_d_max
 from flaxbn.renorm import paper_r_max as paper_r_max
+from flaxbn.replicas import merge_replicas as merge_replicas

@@ -1,12 +1,13 @@
 """Data, as arrays or as a stream, cut into batches."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def count_samples(arrays: Any) -> int:
@@ -57,10 +58,10 @@ def strided_rows(samples: int, batch_size: int) -> list[np.ndarray]:
     With `K = ceil(n / batch_size)` batches, batch k holds the samples k, k + K, k + 2K, ...: all batches are of nearly
     equal size, and data sorted by class is mixed.
     """
-    count = -(-samples // batch_size)
+    count = max(-(-samples // batch_size), 1)
     larger = samples % count
     rows = [np.arange(k, samples, count, dtype=np.int32) for k in range(count)]
-    return [np.stack(group) for group in (rows[:larger], rows[larger:]) if group]
+    return [np.stack(group) for group in (rows[:larger], rows[larger:]) if group and samples]
 
 
 def stream(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
@@ -107,10 +108,13 @@ def known_batches(batches: Any, num_samples: int | None) -> list[Any]:
 
 def shards(sharding: NamedSharding | None) -> int:
     """Over how many parts `sharding` spreads the leading axis."""
-    if sharding is None or not len(sharding.spec) or sharding.spec[0] is None:
-        return 1
-    names = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
-    return int(np.prod([sharding.mesh.shape[name] for name in names]))
+    return 1 if sharding is None else math.prod(sharding.mesh.shape[name] for name in split_axes(sharding))
+
+
+def split_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes over which `sharding` spreads the leading axis."""
+    first = sharding.spec[0] if len(sharding.spec) else None
+    return first if isinstance(first, tuple) else () if first is None else (first,)
 
 
 def padding(size: int, parts: int) -> np.ndarray | None:
@@ -132,8 +136,19 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
     return jax.device_put(batch, sharding), present
 
 
+def laid_out(arrays: Any, rows: np.ndarray, sharding: NamedSharding) -> Any:
+    """Samples by batch, `rows` being (batches, size): of shape (batches, size, ...), each batch lying as `sharding`."""
+    steps = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+    def lay_out(a: Any) -> jax.Array:
+        taken = jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else np.asarray(a)[rows]
+        return jax.device_put(taken, steps)
+
+    return jax.tree.map(lay_out, arrays)
+
+
 def _check_enough(seen: int, num_samples: int | None) -> None:
-    if seen == 0:
+    if seen == 0 and jax.process_count() == 1:
         raise ValueError("The data must hold at least one sample: saw none.")
     if num_samples is not None and seen < num_samples:
         raise ValueError(f"The data must hold `num_samples={num_samples}` samples: saw {seen}.")

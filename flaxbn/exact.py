@@ -4,8 +4,10 @@ Every batch is taken up to the input of a layer, the moments of all batches are 
 the merged statistics. That is the limit of precise statistics as the batch grows to the whole set, in one forward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +19,17 @@ from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import mesh, probe, stored
+from flaxbn.hosts import together
 from flaxbn.lockstep import Batch, run
 from flaxbn.observe import Call
 from flaxbn.planning import Plan, make_plan
 from flaxbn.request import Request, request
-from flaxbn.results import Result, merged
+from flaxbn.results import Result, check_finite
 from flaxbn.segments import Segments
 from flaxbn.setting import Compiled, shapes_of
+
+Source = tuple[Any, Callable[[], Any]]
+"""The shapes of a batch, and what reads it."""
 
 
 def plan(
@@ -68,7 +74,7 @@ def plan(
     if batch_size is None:
         known = data.known_batches(batches, num_samples)
         return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
-    return _plan(asked, _compile(asked, _cut(data.evenly_spaced(batches, num_samples), batch_size)), memory_limit)
+    return _plan(asked, _compile(asked, cut(data.evenly_spaced(batches, num_samples), batch_size)), memory_limit)
 
 
 def check_limit(memory_limit: Any, method: str) -> None:
@@ -78,20 +84,47 @@ def check_limit(memory_limit: Any, method: str) -> None:
         raise ValueError(f'`memory_limit` is for `method="exact"`, which keeps values of all batches: got {method!r}.')
 
 
-def moments_of_arrays(
-    asked: Request, arrays: Any, batch_size: int, memory_limit: int | None, *, keep_unseen: bool
-) -> Any:
-    """The tree of exact moments of arrays in strided batches."""
-    return _moments(asked, _cut(arrays, batch_size), memory_limit, keep_unseen=keep_unseen)
+def exact_pass(asked: Request, read: Callable[[], list[Source]], memory_limit: int | None) -> Result:
+    """The exact moments of the batches that `read` describes, merged over all processes for each call."""
+    batches: list[Batch] = []
+
+    def prepare() -> np.ndarray:
+        batches.extend(_compile(asked, read()))
+        return _signature(batches)
+
+    signatures = together(prepare)
+    calls = _agreed(signatures)
+    kept = [call.kept for call in _plan(asked, batches, memory_limit).calls] if batches else [True] * calls
+    if len(batches) == len(signatures) == 1:
+        for segment in batches[0].segments.segments:
+            segment.check_values()
+    watched = probe.watched(batches)
+    found = run(asked, batches, kept, watched)
+    entries = batches[0].segments.entries if batches else [stored.all_entries(asked.layers)] * calls
+    result = Result(entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))
+
+    def finite() -> np.ndarray:
+        check_finite([result], asked.layers)
+        return np.zeros(())
+
+    def independent() -> np.ndarray:
+        if watched and not batches[0].segments.uses_keys:
+            probe.check_independence(asked, [batches[number] for number in watched], found)
+        return np.zeros(())
+
+    together(finite)
+    together(independent)
+    return result
 
 
-def moments_of_batches(asked: Request, batches: Sequence[Any], memory_limit: int | None, *, keep_unseen: bool) -> Any:
-    """The tree of exact moments of batches, which stay where they are until they are needed."""
-    sources = [(data.abstract(batch), partial(lambda batch: batch, batch)) for batch in batches]
-    return _moments(asked, sources, memory_limit, keep_unseen=keep_unseen)
+def held(batches: Iterable[Any]) -> list[Source]:
+    """Batches that stay where they are until they are needed."""
+    return [(data.abstract(batch), partial(lambda batch: batch, batch)) for batch in batches]
 
 
-def _cut(arrays: Any, batch_size: int) -> list[tuple[Any, Callable[[], Any]]]:
+def cut(arrays: Any, batch_size: int) -> list[Source]:
+    """Strided batches of arrays, which stay where they are."""
+
     def take(rows: np.ndarray) -> Any:
         return jax.tree.map(lambda a: jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else a[rows], arrays)
 
@@ -100,7 +133,7 @@ def _cut(arrays: Any, batch_size: int) -> list[tuple[Any, Callable[[], Any]]]:
     return [(data.abstract(arrays, len(rows)), partial(take, rows)) for group in groups for rows in group]
 
 
-def _compile(asked: Request, sources: Sequence[tuple[Any, Callable[[], Any]]]) -> list[Batch]:
+def _compile(asked: Request, sources: Sequence[Source]) -> list[Batch]:
     """The batches with the segments that run them; nothing is read."""
     compiled = Compiled(Segments, asked.setting)
     shards = data.shards(asked.setting.sharding)
@@ -117,8 +150,7 @@ def _compile(asked: Request, sources: Sequence[tuple[Any, Callable[[], Any]]]) -
         return by_shape[key]
 
     batches = [Batch(i, data.count_samples(s), fetch, segments_for(s)) for i, (s, fetch) in enumerate(sources)]
-    first, *others = by_shape.values()
-    for other in others:
+    for first, other in pairwise(by_shape.values()):
         if [e.tolist() for e in other.entries] != [e.tolist() for e in first.entries]:
             raise ValueError(
                 "All batches must call the same batch-norm layers in the same order: got batches that call "
@@ -140,19 +172,20 @@ def _plan(asked: Request, batches: Sequence[Batch], memory_limit: int | None) ->
     return make_plan(names, [batch.segments for batch in batches], samples, shards, memory_limit)
 
 
-def _moments(
-    asked: Request, sources: Sequence[tuple[Any, Callable[[], Any]]], memory_limit: int | None, *, keep_unseen: bool
-) -> Any:
-    batches = _compile(asked, sources)
-    segments = batches[0].segments
-    if len(batches) == 1:
-        for segment in segments.segments:
-            segment.check_values()
-    kept = [call.kept for call in _plan(asked, batches, memory_limit).calls]
-    watched = probe.watched(batches)
-    found = run(asked, batches, kept, watched)
-    result = Result(segments.entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))
-    tree = merged([result], asked.layers, asked.wanted, keep_unseen=keep_unseen)
-    if watched and not segments.uses_keys:
-        probe.check_independence(asked, [batches[number] for number in watched], found)
-    return tree
+def _signature(batches: Sequence[Batch]) -> np.ndarray:
+    """How many calls there are, and a checksum of what they read; zeros where there is no batch."""
+    entries = batches[0].segments.entries if batches else []
+    checksum = zlib.crc32(b"".join(np.asarray(e, np.int64).tobytes() for e in entries))
+    return np.asarray([len(entries), checksum % 2**31], np.int32)
+
+
+def _agreed(signatures: Sequence[np.ndarray]) -> int:
+    present = {tuple(np.asarray(s).tolist()) for s in signatures if s[0]}
+    if not present:
+        raise ValueError("The data must hold at least one sample: no process saw any.")
+    if len(present) > 1:
+        raise ValueError(
+            "All processes must call the same batch-norm layers in the same order: got "
+            f"{sorted(calls for calls, _ in present)} calls, or others of the same number."
+        )
+    return next(iter(present))[0]

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import stored
+from flaxbn.hosts import together
 from flaxbn.moments import Moments, merge
 from flaxbn.readers import replace_seen
 from flaxbn.request import Request
@@ -21,11 +23,13 @@ _AHEAD = 1
 _merge_steps = jax.jit(merge_steps)
 
 
+_replace_seen = jax.jit(replace_seen)
+
+
 @jax.jit
-def _finish(chunks: Sequence[Any], mean: Array, var: Array) -> tuple[Moments, list[Array], Array, Array]:
-    """The moments of all chunks, where each is not finite, and the statistics that a call lets through."""
-    merged_moments = merge(*(moments for (moments,), _ in chunks))
-    return merged_moments, [bad for _, (bad,) in chunks], *replace_seen(mean, var, merged_moments)
+def _merge_chunks(chunks: Sequence[Any]) -> tuple[Moments, list[Array]]:
+    """The moments of all chunks, and where in each the first ones lie that are not finite."""
+    return merge(*(moments for (moments,), _ in chunks)), [bad for _, (bad,) in chunks]
 
 
 @dataclass
@@ -66,24 +70,50 @@ class Found(NamedTuple):
 
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], watched: Sequence[int]) -> Found:
-    """All batches through one call after the other; blocks once for each call."""
+    """All batches through one call after the other; blocks, and merges over processes, once for each call."""
     wholes = {id(batch.segments): batch.segments for batch in batches}
     shared = {key: whole.shared(asked.variables) for key, whole in wholes.items()}
     defaults = stored.flat_statistics(asked.variables["batch_stats"], asked.layers)
     found = Found([], [], [], [])
     base = 0
     for call, keeps in enumerate(kept):
-        chunks, seen = _measure(asked, batches, shared, base, call, keeps, watched)
-        rows, entries = batches[0].segments.segments[call].rows, batches[0].segments.entries[call]
-        moments, bad, mean, var = _finish(chunks, *(a[entries - 1] for a in defaults))
+
+        def local(call: int = call, keeps: bool = keeps, base: int = base) -> Moments:
+            chunks, seen = _measure(asked, batches, shared, base, call, keeps, watched)
+            moments, bad = _merge_chunks(chunks)
+            rows = batches[0].segments.segments[call].rows
+            found.watched.append(seen)
+            found.first_bad.append(next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1))
+            return moments
+
+        entries = batches[0].segments.entries[call] if batches else stored.all_entries(asked.layers)
+        moments = _of_all_processes(local if batches else None, entries, defaults)
+        mean, var = _replace_seen(*(a[entries - 1] for a in defaults), moments)
         found.moments.append(moments)
         found.statistics.append((mean, var))
-        found.watched.append(seen)
-        found.first_bad.append(next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1))
         for key, whole in wholes.items():
             shared[key] |= whole.segments[call].statistics(mean, var)
         base = call + 1 if keeps else base
     return found
+
+
+def _of_all_processes(
+    local: Callable[[], Moments] | None, entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
+) -> Moments:
+    """The moments of one call, merged over processes, some of which may have no data."""
+    if local is not None and jax.process_count() == 1:
+        return local()
+
+    def by_entry() -> Moments:
+        default_mean, default_var = defaults
+        fields = [np.zeros_like(a) for a in (default_var, default_mean, default_var)]
+        if local is not None:
+            for field, values in zip(fields, jax.device_get(local())):
+                field[entries - 1] = values
+        return Moments(*fields)  # type: ignore[arg-type]
+
+    everywhere = merge(*together(by_entry))
+    return Moments(*(field[entries - 1] for field in everywhere))
 
 
 def _measure(

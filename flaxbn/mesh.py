@@ -1,6 +1,7 @@
 """Where batches lie."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,24 @@ def data_sharding() -> NamedSharding:
 def replicated(sharding: NamedSharding) -> NamedSharding:
     """The sharding of what all devices of `sharding` hold in whole."""
     return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def with_auto_axes(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding on a mesh whose axes jax partitions by itself, as models without sharding types need it."""
+    axes = (AxisType.Auto,) * len(sharding.mesh.axis_names)
+    return NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=axes), sharding.spec)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays on the mesh of `sharding`: split as they are if they lie on its devices already, else whole on each."""
+
+    def spec(leaf: jax.Array) -> PartitionSpec:
+        own = leaf.sharding
+        if not isinstance(own, NamedSharding) or own.mesh.axis_names != sharding.mesh.axis_names:
+            return PartitionSpec()
+        return own.spec if np.array_equal(own.mesh.devices, sharding.mesh.devices) else PartitionSpec()
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), tree)
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:

@@ -10,10 +10,12 @@ from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import exact, observe, precise, stored
+from flaxbn.hosts import together
+from flaxbn.moments import merge
 from flaxbn.observe import Call
 from flaxbn.readers import batch_statistics, stored_statistics
-from flaxbn.request import call_directly, check_model, request
-from flaxbn.results import merged
+from flaxbn.request import Request, call_directly, check_model, request
+from flaxbn.results import Result, as_tree, by_path, fetched, warn_called_twice
 from flaxbn.sites import check_layers
 from flaxbn.tap import Tap
 
@@ -88,6 +90,7 @@ def estimate_population_stats(
     keep_unseen: bool = False,
     memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
+    normalization_batch: Literal["global", "device"] = "global",
     rngs: Mapping[str, Array] | None = None,
 ) -> Any:
     """The population statistics of all batch-norm layers, from one pass over data with the weights frozen.
@@ -169,6 +172,7 @@ def estimate_population_stats(
         keep_unseen=keep_unseen,
         memory_limit=memory_limit,
         sharding=sharding,
+        normalization_batch=normalization_batch,
         rngs=rngs,
     )
     return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
@@ -188,7 +192,9 @@ def population_moments(
     keep_unseen: bool = False,
     memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
+    normalization_batch: Literal["global", "device"] = "global",
     rngs: Mapping[str, Array] | None = None,
+    earlier: Any = None,
 ) -> Any:
     """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
 
@@ -203,19 +209,52 @@ def population_moments(
     data.check_positive("batch_size", batch_size)
     data.check_positive("num_samples", num_samples)
     exact.check_limit(memory_limit, method)
-    asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
-    if batch_size is not None:
-        batches = data.evenly_spaced(batches, num_samples)
-    if method == "exact":
-        if batch_size is None:
-            batches = list(data.stream(batches, num_samples))
-            return exact.moments_of_batches(asked, batches, memory_limit, keep_unseen=keep_unseen)
-        return exact.moments_of_arrays(asked, batches, batch_size, memory_limit, keep_unseen=keep_unseen)
+    if earlier is not None and method != "precise":
+        raise ValueError(
+            '`earlier` moments can only be continued with `method="precise"`: exact moments of parts are not those of '
+            "the whole, so give all data to one call."
+        )
+    if method == "exact" and normalization_batch != "global":
+        raise ValueError(
+            "Exact statistics are those of the whole set, whatever normalizes together: leave `normalization_batch` at "
+            f'"global", got {normalization_batch!r}.'
+        )
+    asked = request(
+        model,
+        variables,
+        call=call,
+        sample_weight=sample_weight,
+        only=only,
+        sharding=sharding,
+        normalization_batch=normalization_batch,
+        rngs=rngs,
+    )
+    found: list[Result] = []
+
+    def local() -> Any:
+        found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
+        return by_path(found, asked.layers)
+
+    parts = together(local) if method == "precise" else [local()]
+    if earlier is not None:
+        parts.append(stored.fill(earlier, asked.wanted, parts[0]))
+    moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
+    tree = as_tree(moments, asked.wanted, keep_unseen=keep_unseen)
+    warn_called_twice(found, asked.wanted)
+    return tree
+
+
+def _pass(
+    asked: Request, method: str, batches: Any, batch_size: int | None, num_samples: int | None, limit: int | None
+) -> list[Result]:
     if batch_size is None:
-        passes = precise.pass_over_stream(asked, data.stream(batches, num_samples))
-    else:
-        passes = precise.pass_over_arrays(asked, batches, batch_size)
-    return merged(passes, asked.layers, asked.wanted, keep_unseen=keep_unseen)
+        stream = data.stream(batches, num_samples)
+        if method == "exact":
+            return [exact.exact_pass(asked, lambda: exact.held(stream), limit)]
+        return precise.pass_over_stream(asked, stream)
+    if method == "exact":
+        return [exact.exact_pass(asked, lambda: exact.cut(data.evenly_spaced(batches, num_samples), batch_size), limit)]
+    return precise.pass_over_arrays(asked, data.evenly_spaced(batches, num_samples), batch_size)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:

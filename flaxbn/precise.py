@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import mesh
 from flaxbn.moments import Moments
 from flaxbn.readers import batch_statistics, stored_statistics
 from flaxbn.request import Request
@@ -36,11 +36,11 @@ class Pass:
         self.chunk = min(_CHUNK, max(1, _CHUNK_BYTES // (12 * max(channels, 1))))
         self.scan = jax.jit(self._scan)
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.merge = jax.jit(merge_steps)
+        self.merge = jax.jit(self._merge)
 
     def zeros(self, *args: Any) -> list[Moments]:
         """Room for the moments of a chunk of batches: zeros, which merging ignores."""
-        shapes = jax.eval_shape(self._moments, *args)
+        shapes = jax.eval_shape(self._spread_moments, *args)
         return jax.tree.map(lambda s: jnp.zeros((self.chunk, *s.shape), s.dtype), shapes)
 
     def _moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
@@ -55,45 +55,77 @@ class Pass:
             return stored_statistics(tap)
         return batch_statistics(tap, self.sites.weights(tap, weights))
 
-    def _scan(
-        self, variables: Any, rngs: Any, arrays: Any, rows: Array, present: Any, first: Any
-    ) -> tuple[list[Moments], Array]:
-        def step(k: Array, row: Array) -> tuple[Array, list[Moments]]:
-            batch = jax.tree.map(lambda a: jnp.take(a, row, axis=0), arrays)
-            if self.setting.sharding is not None:
-                batch = jax.lax.with_sharding_constraint(batch, self.setting.sharding)
-            return k + 1, self._moments(variables, rngs, batch, present, k)
+    def _spread_moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
+        """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
+        sharding = self.setting.sharding
+        if not self.setting.by_device or sharding is None:
+            return self._moments(variables, rngs, batch, present, step)
+        axes = data.split_axes(sharding)
 
-        _, steps = jax.lax.scan(step, first, rows)
-        return merge_steps(steps)
+        def on_device(variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
+            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
+            moments = self._moments(variables, rngs, batch, present, step)
+            return jax.tree.map(lambda a: a[None], moments)
+
+        whole, split = PartitionSpec(), PartitionSpec(axes)
+        specs = (whole, whole, split, split, whole)
+        spread = jax.shard_map(
+            on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
+        )
+        return spread(variables, rngs, batch, present, step)
+
+    def _scan(
+        self, variables: Any, rngs: Any, batches: Any, rows: Array | None, present: Any, first: Any
+    ) -> tuple[list[Moments], Array]:
+        def step(k: Array, batch: Any) -> tuple[Array, list[Moments]]:
+            if rows is not None:
+                batch = jax.tree.map(lambda a: jnp.take(a, batch, axis=0), batches)
+            return k + 1, self._spread_moments(variables, rngs, batch, present, k)
+
+        _, steps = jax.lax.scan(step, first, batches if rows is None else rows)
+        return self._merge(steps)
 
     def _step(
         self, buffer: list[Moments], slot: Any, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
     ) -> tuple[list[Moments], Array]:
-        moments = self._moments(variables, rngs, batch, present, step)
+        moments = self._spread_moments(variables, rngs, batch, present, step)
         return jax.tree.map(lambda b, m: b.at[slot].set(m), buffer, moments), step + 1
+
+    def _merge(self, steps: list[Moments]) -> tuple[list[Moments], Array]:
+        if not self.setting.by_device:
+            return merge_steps(steps)
+        moments, bad = merge_steps(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), steps))
+        return moments, jnp.where(bad < 0, bad, bad // data.shards(self.setting.sharding))
 
 
 def pass_over_arrays(asked: Request, arrays: Any, batch_size: int) -> list[Result]:
     """The moments of arrays in strided batches, by scans on the device."""
     setting, variables, rngs = asked[:3]
     groups = data.strided_rows(data.count_samples(arrays), batch_size)
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    if setting.sharding is not None:
-        arrays = jax.device_put(arrays, mesh.replicated(setting.sharding))
+    if setting.sharding is None:
+        arrays = jax.tree.map(jnp.asarray, arrays)
     passes = Compiled(Pass, setting)
     results, first = [], 0
     for rows in groups:
         present = data.padding(rows.shape[1], data.shards(setting.sharding))
         if present is not None:
             rows = np.pad(rows, ((0, 0), (0, len(present) - rows.shape[1])), mode="edge")
-        batch = jax.tree.map(lambda a, n=rows.shape[1]: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype), arrays)
-        source = passes[shapes_of(variables, batch, rngs, padded=present is not None)]
+        source = passes[_shapes(asked, data.abstract(arrays, rows.shape[1]), present)]
         for chunk in np.array_split(rows, -(-len(rows) // source.chunk)):
+            given = (
+                (arrays, chunk) if setting.sharding is None else (data.laid_out(arrays, chunk, setting.sharding), None)
+            )
             steps = range(first, first + len(chunk))
-            results.append(Result(source.entries, steps, *source.scan(variables, rngs, arrays, chunk, present, first)))
+            results.append(Result(source.entries, steps, *source.scan(variables, rngs, *given, present, first)))
             first += len(chunk)
     return results
+
+
+def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
+    """The key of a compiled pass: by the part of the batch that normalizes together."""
+    if asked.setting.by_device:
+        batch = data.abstract(batch, data.count_samples(batch) // data.shards(asked.setting.sharding))
+    return shapes_of(asked.variables, batch, asked.rngs, padded=present is not None)
 
 
 def pass_over_stream(asked: Request, batches: Iterable[Any]) -> list[Result]:
@@ -110,7 +142,7 @@ def pass_over_stream(asked: Request, batches: Iterable[Any]) -> list[Result]:
 
     for step, batch in enumerate(batches):
         batch, present = data.placed(batch, setting.sharding)
-        source = passes[shapes_of(variables, batch, rngs, padded=present is not None)]
+        source = passes[_shapes(asked, batch, present)]
         args = (variables, rngs, batch, present, step)
         if source not in buffers:
             buffers[source], steps[source] = source.zeros(*args), []

@@ -41,6 +41,7 @@ def request(
     only: Callable[[str], bool] | None,
     sharding: NamedSharding | None,
     rngs: Mapping[str, Array] | None,
+    normalization_batch: str = "global",
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie."""
     check_model(model)
@@ -52,12 +53,23 @@ def request(
         )
     layers = stored.stored_layers(variables["batch_stats"])
     wanted = _wanted_layers(layers, only, model)
-    function = call or call_directly
-    setting = Setting(Key(model), function, sample_weight, frozenset(wanted.entries), sharding, _tracing_options())
+    by_device = _check_normalization_batch(normalization_batch, sharding)
+    sharding = sharding and mesh.with_auto_axes(sharding)
+    setting = Setting(
+        key=Key(model),
+        call=call or call_directly,
+        sample_weight=sample_weight,
+        wanted=frozenset(wanted.entries),
+        sharding=sharding,
+        by_device=by_device,
+        options=_tracing_options(),
+    )
     arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
+    if jax.process_count() > 1:
+        keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
     arrays = {**arrays, "batch_stats": stored.widened(arrays["batch_stats"])}
     if sharding is not None:
-        arrays, keys = jax.device_put((arrays, keys), mesh.replicated(sharding))
+        arrays, keys = mesh.place((arrays, keys), sharding)
     return Request(setting, arrays, keys, layers, wanted)
 
 
@@ -73,6 +85,22 @@ def check_model(model: Any) -> None:
             f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
             "method or a compiled function, inside which the batch-norm layers cannot be seen."
         )
+
+
+def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:
+    if normalization_batch not in ("global", "device"):
+        raise ValueError(f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}.')
+    if normalization_batch == "device" and sharding is None:
+        raise ValueError(
+            'With `normalization_batch="device"` each device normalizes by its own part of a batch: say by `sharding` '
+            "how batches are split, for example `sharding=flaxbn.data_sharding()`."
+        )
+    if sharding is not None and not sharding.is_fully_addressable:
+        raise ValueError(
+            "`sharding` must lie on devices of this process, each of which reads its own part of the data and merges "
+            "at the end: use `flaxbn.data_sharding()`."
+        )
+    return normalization_batch == "device"
 
 
 def _tracing_options() -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """What a pass over data ends with: merged moments, and where they are not finite."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,14 +40,19 @@ def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
     return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
 
 
-def merged(
-    results: list[Result], layers: stored.StoredLayers, wanted: stored.StoredLayers, *, keep_unseen: bool
-) -> Any:
-    """The tree of the wanted layers' moments; what is not finite, or saw no data, is an error."""
-    results = [Result(*r[:2], *jax.device_get((r.moments, r.first_bad))) for r in results]
-    _check_finite(results, layers)
-    contributions = [c for r in results for c in zip(r.entries, r.moments)]
-    moments = stored.collect(contributions, layers)
+def fetched(results: Sequence[Result]) -> list[Result]:
+    """The results in host memory."""
+    return [Result(*r[:2], *jax.device_get((r.moments, r.first_bad))) for r in results]
+
+
+def by_path(results: Sequence[Result], layers: stored.StoredLayers) -> dict[stored.Path, Moments]:
+    """The moments of all layers, those of several calls merged; what is not finite is an error."""
+    check_finite(results, layers)
+    return stored.collect([c for r in results for c in zip(r.entries, r.moments)], layers)
+
+
+def as_tree(moments: Mapping[stored.Path, Moments], wanted: stored.StoredLayers, *, keep_unseen: bool) -> Any:
+    """The tree of the wanted layers' moments; what saw no data is an error."""
     unseen = [stored.unseen(path, moments[path]) for path in wanted.entries if not np.all(moments[path].count > 0)]
     if unseen and not keep_unseen:
         raise ValueError(
@@ -55,11 +60,11 @@ def merged(
             "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
             "layer whose statistics are computed from what is stored, not read, counts as not seen.)"
         )
-    _warn_called_twice(results, wanted)
     return stored.as_tree({path: moments[path] for path in wanted.entries})
 
 
-def _check_finite(results: list[Result], layers: stored.StoredLayers) -> None:
+def check_finite(results: Sequence[Result], layers: stored.StoredLayers) -> None:
+    """Moments that are not finite are an error, which names layer and batch."""
     for result in results:
         for entries, bad in zip(result.entries, result.first_bad):
             if bad >= 0:
@@ -70,7 +75,8 @@ def _check_finite(results: list[Result], layers: stored.StoredLayers) -> None:
                 )
 
 
-def _warn_called_twice(results: list[Result], layers: stored.StoredLayers) -> None:
+def warn_called_twice(results: Sequence[Result], layers: stored.StoredLayers) -> None:
+    """Warns of layers whose calls were merged."""
     total = max(int(e.max()) for e in layers.entries.values()) + 1
     calls: dict[int, np.ndarray] = {}
     seen: dict[tuple[int, int], Any] = {}
@@ -87,5 +93,5 @@ def _warn_called_twice(results: list[Result], layers: stored.StoredLayers) -> No
         warnings.warn(
             f"{names}: called more than once in a forward pass. The calls are merged, but one mean and variance cannot "
             "normalize each of them: give each call a layer of its own.",
-            stacklevel=4,
+            stacklevel=3,
         )

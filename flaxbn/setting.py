@@ -47,6 +47,7 @@ class Setting(NamedTuple):
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[stored.Path]
     sharding: NamedSharding | None
+    by_device: bool
     options: tuple[Any, ...]
 
     @property

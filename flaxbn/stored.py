@@ -31,7 +31,7 @@ class StoredLayers(NamedTuple):
 
 def stored_layers(batch_stats: Any) -> StoredLayers:
     """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape."""
-    shapes = {names: np.shape(leaf) for names, leaf in _named_leaves(batch_stats)}
+    shapes = {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
     entries, total = {}, 0
     for names, shape in shapes.items():
         if names[-1:] == ("mean",) and shapes.get((*names[:-1], "var")) == shape:
@@ -50,16 +50,21 @@ def widened(batch_stats: Any) -> Any:
     layers = stored_layers(batch_stats)
 
     def wide(path: Any, leaf: Any) -> Any:
-        names = _names(path)
+        names = dict_names(path)
         is_statistic = names[:-1] in layers.entries and names[-1] in ("mean", "var")
         return jnp.asarray(leaf, widen(leaf.dtype)) if is_statistic else leaf
 
     return jax.tree_util.tree_map_with_path(wide, batch_stats)
 
 
+def all_entries(layers: StoredLayers) -> np.ndarray:
+    """The numbers of all entries."""
+    return np.arange(1, layers.total + 1)
+
+
 def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
     """The stored means and variances of all entries, by number."""
-    leaves = dict(_named_leaves(batch_stats))
+    leaves = named_leaves(batch_stats)
     mean, var = (
         np.concatenate([np.ravel(jax.device_get(leaves[(*path, name)])) for path in layers.entries])
         for name in ("mean", "var")
@@ -77,7 +82,7 @@ def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: i
 
     def means(first: int) -> list[Any]:
         def known(path: Any, leaf: Any) -> Any:
-            names = _names(path)
+            names = dict_names(path)
             if names[:1] != ("batch_stats",) or names[-1:] != ("mean",) or names[1:-1] not in layers.entries:
                 return UNKNOWN
             return np.asarray(layers.entries[names[1:-1]] + first, leaf.dtype)
@@ -111,15 +116,32 @@ def as_tree(moments: Mapping[Path, Moments]) -> Any:
     return moments[()] if () in moments else unflatten_dict(dict(moments))
 
 
+def fill(moments: Any, layers: StoredLayers, like: Mapping[Path, Moments]) -> dict[Path, Moments]:
+    """A tree of moments by path: those of `layers`, which it must fit, and zeros elsewhere as in `like`."""
+    found = {
+        dict_names(path): value for path, value in jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)[0]
+    }
+    shapes = {path: np.shape(value.mean) if is_moments(value) else None for path, value in found.items()}
+    wanted = {path: entries.shape for path, entries in layers.entries.items()}
+    if shapes != wanted:
+        raise ValueError(
+            "`earlier` must be a tree of Moments of the same layers and shapes: got "
+            f"{ {layer_name(path): shape for path, shape in shapes.items()} } where "
+            f"{ {layer_name(path): shape for path, shape in wanted.items()} } are estimated."
+        )
+    zeros = {path: jax.tree.map(np.zeros_like, value) for path, value in like.items()}
+    return {**zeros, **found}
+
+
 def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
     """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
     found, _ = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)
-    by_path = {_names(path): value for path, value in found}
+    by_path = {dict_names(path): value for path, value in found}
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    _check_places(by_path, dict(_named_leaves(batch_stats)), keep_unseen)
+    _check_places(by_path, named_leaves(batch_stats), keep_unseen)
 
     def replaced(path: Any, leaf: Any) -> Any:
-        names = _names(path)
+        names = dict_names(path)
         if names[:-1] not in by_path or names[-1] not in ("mean", "var"):
             return leaf
         value, count = getattr(by_path[names[:-1]], names[-1]), by_path[names[:-1]].count
@@ -174,10 +196,11 @@ def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLa
     return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_name(p))})
 
 
-def _named_leaves(tree: Any) -> list[tuple[Path, Any]]:
-    return [(_names(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+def named_leaves(tree: Any) -> dict[Path, Any]:
+    """The leaves of a tree by the dictionary keys on their path, in the order of the tree."""
+    return {dict_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _names(path: Any) -> Path:
+def dict_names(path: Any) -> Path:
     """The dictionary keys of a tree path; a box around the leaf adds none."""
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
