@@ -112,6 +112,10 @@ def estimate_population_stats(
     Examples must not affect each other, but through batch normalization: the result is checked for it on one batch,
     unless `call` draws random numbers.
 
+    With several processes (`jax.distributed`) each passes its own part of the data, of any length, even none. All call
+    the function, and get the same statistics, those of all data: a precise pass merges once, at its end, an exact one
+    once for each call of a layer. Where one process raises, all do.
+
     Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
     which counts as plain batch normalization. The compiled pass is reused where the model, `call`, `sample_weight`, the
     layers that `only` accepts and all shapes are the same: keep the functions at module level. Methods, and models that
@@ -139,8 +143,13 @@ def estimate_population_stats(
         memory_limit: for `method="exact"`, how many bytes of live values each device may keep; by default half of its
             free memory where it tells it, otherwise any number.
         sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
-            A batch is then the global batch; what does not divide is padded with samples of weight 0, which models
-            that mix the samples of a batch would see. Arrays given with `batch_size` are held whole by each device.
+            What does not divide is padded with samples of weight 0, which models that mix the samples of a batch would
+            see. Variables that lie on the same mesh stay as they are, split over model axes for example; others are
+            held whole by each device. It must lie on devices of this process.
+        normalization_batch: which samples normalize together in a precise pass: "global", the whole batch, over all
+            devices; or "device", each device's part of it by itself, as in a training under `jax.pmap` without
+            `axis_name`, for statistics that are to resemble those that the weights were trained with. There is then
+            no communication between devices until the end of the pass.
         rngs: random keys that `call` needs; each batch gets its own.
 
     Returns:
@@ -197,6 +206,10 @@ def population_moments(
     earlier: Any = None,
 ) -> Any:
     """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
+
+    Args:
+        earlier: moments of a precise pass over other data, a tree as this function returns, to go on from: the result
+            is that of both. Passes in different jobs can also be merged afterwards.
 
     Returns:
         A tree like `batch_stats`, with one Moments in the place of each layer's variables; `to_batch_stats` turns it

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn.moments import Moments
+from flaxbn.moments import Moments, merge_along
 from flaxbn.readers import batch_statistics, stored_statistics
 from flaxbn.request import Request
 from flaxbn.results import Result, merge_steps
@@ -94,8 +94,9 @@ class Pass:
     def _merge(self, steps: list[Moments]) -> tuple[list[Moments], Array]:
         if not self.setting.by_device:
             return merge_steps(steps)
-        moments, bad = merge_steps(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), steps))
-        return moments, jnp.where(bad < 0, bad, bad // data.shards(self.setting.sharding))
+        moments, bad = jax.vmap(merge_steps, in_axes=1)(steps)
+        first = jnp.min(jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad), 0)
+        return [merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first)
 
 
 def pass_over_arrays(asked: Request, arrays: Any, batch_size: int) -> list[Result]:

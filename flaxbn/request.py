@@ -49,7 +49,9 @@ def request(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
         raise TypeError(
             "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
-            "outside of `jax.jit`, `jax.pmap` and other transformations."
+            "outside of `jax.jit`, `jax.pmap`, `jax.shard_map` and the like: with the variables of one replica and "
+            '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
+            "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
         )
     layers = stored.stored_layers(variables["batch_stats"])
     wanted = _wanted_layers(layers, only, model)
