@@ -25,13 +25,14 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
         counts: the samples that each replica saw, or any weights in proportion to them; by default the same for all.
 
     Returns:
-        The tree without the leading axis: `mean` and `var` of each layer merged, each in its dtype. Other leaves, a
-        step counter for example, must be the same on all replicas and are taken from the first.
+        The tree without the leading axis, on the default device: `mean` and `var` of each layer merged, each in its
+        dtype. Other leaves, a step counter for example, must be the same on all replicas; the first one's are taken.
 
     Raises:
         ValueError: if leaves have no common leading axis; `counts` are negative, all zero, or not one for each replica;
             or other leaves differ between replicas.
     """
+    batch_stats = jax.device_get(batch_stats)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
     sizes = sorted({np.shape(leaf)[:1] for _, leaf in leaves})
     if len(sizes) != 1 or not sizes[0]:
@@ -76,4 +77,4 @@ def _common(path: Any, leaf: Any) -> Any:
             f"What is no statistic must be the same on all replicas: {jax.tree_util.keystr(path)} differs between "
             "them. Take it from the replica that you want first."
         )
-    return leaf[0]
+    return jnp.asarray(leaf[0])
