@@ -54,6 +54,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/domains.py
 	$(BIN)/python benchmarks/population.py
+	$(BIN)/python benchmarks/exact.py
 
 clean:
 	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -147,7 +147,7 @@ def _measure(
         if slot == segment.rows - 1 or batch is batches[-1]:
             chunks.append(_merge_steps([buffer]))
         ahead.append(done)
-        if len(ahead) > _AHEAD:
+        if len(ahead) > (_AHEAD if base == call else 0):
             jax.block_until_ready(ahead.popleft())
     return chunks, seen
 
