@@ -136,13 +136,17 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
     return jax.device_put(batch, sharding), present
 
 
+def by_step(sharding: NamedSharding) -> NamedSharding:
+    """How batches lie along a leading axis, each of them as `sharding`."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
 def laid_out(arrays: Any, rows: np.ndarray, sharding: NamedSharding) -> Any:
     """Samples by batch, `rows` being (batches, size): of shape (batches, size, ...), each batch lying as `sharding`."""
-    steps = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
     def lay_out(a: Any) -> jax.Array:
         taken = jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else np.asarray(a)[rows]
-        return jax.device_put(taken, steps)
+        return jax.device_put(taken, by_step(sharding))
 
     return jax.tree.map(lay_out, arrays)
 
