@@ -63,7 +63,7 @@ def _clear(out: pathlib.Path) -> None:
     if checkpoints.exists():
         checkpoints.rename(stale)
         shutil.rmtree(stale)
-    for name in ("metrics.jsonl", "summary.json", "accuracy.png"):
+    for name in ("metrics.jsonl", "summary.json", "accuracy.png", "results.json", "table.md", "batch_sizes.png"):
         (out / name).unlink(missing_ok=True)
 
 

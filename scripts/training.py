@@ -73,17 +73,19 @@ class Config:
 
 
 class CNN(nn.Module):
-    """Three times convolution, norm, ReLU; global average pooling; dense. Takes uint8 images."""
+    """Convolution, norm, ReLU for each layer; global average pooling; dense. Takes uint8 images."""
 
     num_classes: int
     norm: Callable[..., nn.Module] | None
+    layers: tuple[tuple[int, int], ...] = ((16, 2), (32, 2), (64, 1))
+    """Features and stride of each convolution."""
 
     @nn.compact
     def __call__(
         self, images: jax.Array, domain: jax.Array | None = None, *, train: bool = False, update: bool = False
     ) -> jax.Array:
         x = images.astype(jnp.float32) / 255
-        for features, stride in ((16, 2), (32, 2), (64, 1)):
+        for features, stride in self.layers:
             x = nn.Conv(features, (5, 5), (stride, stride), use_bias=self.norm is None)(x)
             if self.norm is not None:
                 x = self.norm(use_running_average=not train)(x, update_running_average=update, domain=domain)

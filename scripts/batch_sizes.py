@@ -1,0 +1,283 @@
+"""Estimates population statistics with batches of several sizes, and compares what comes out.
+
+A CNN of four batch-norm layers, Flax's own, is trained on scikit-learn's digits. Then its weights are frozen, and the
+statistics of the training set are estimated with batches of B examples, the last time with all of them as one batch:
+
+| method  | statistics                                                                                     |
+|---------|------------------------------------------------------------------------------------------------|
+| running | Flax's running average, of so many random batches that what it began with has a weight of 1e-3 |
+| precise | flaxbn.estimate_population_stats(..., method="precise", batch_size=B)                          |
+| exact   | flaxbn.estimate_population_stats(..., method="exact", batch_size=B)                            |
+
+The weights are the same for all B: `running` is what a training with batches of B leaves behind where the weights no
+longer change, without the lag of one where they do. The reference is the whole training set as one batch in Flax's
+training mode with momentum 0. Compare table 2 of Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm".
+
+A variance that is too small makes the logits larger. That alone lowers the test loss of a network that is not sure
+enough of itself, and raises that of one that is too sure: the sign of its change says little.
+
+    python scripts/batch_sizes.py
+    python scripts/batch_sizes.py --batch-size 4 --seeds 5
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import data
+import flax.linen as nn
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import results
+import training
+import tyro
+from domain_results import mean_and_spread
+from rich.console import Console
+from rich.progress import Progress
+
+import flaxbn
+
+TRAINING_EXAMPLES = 1152  # of 1249: a multiple of 128, so that every batch is full
+LAYERS = ((16, 1), (32, 2), (32, 2), (64, 1))
+FORGOTTEN = 1e-3
+METHODS = {
+    "running": ("running average", "o", "#c8501e"),
+    "precise": ('method="precise"', "s", "#1f5fa8"),
+    "exact": ('method="exact"', "D", "#2a8f5a"),
+}
+MEASURES = {
+    "variance_ratio": ("variance ratio, last layer", ".3f"),
+    "test_loss": ("test loss", ".4f"),
+    "loss_change": ("change of test loss", "+z.4f"),
+    "test_accuracy": ("test accuracy", ".3f"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(training.Config):
+    """Compares population statistics estimated with batches of several sizes, on scikit-learn's digits."""
+
+    batch_size: int = 32
+    """Examples in a step of the training."""
+    seeds: int = 3
+    out: pathlib.Path = pathlib.Path("runs/batch_sizes")
+    resume: bool = False
+    """Continue the run in --out after its last complete batch size; begin one where there is none."""
+    estimation_sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    """Examples in a batch of the estimation, in ascending order; all of them as one batch come in addition."""
+    momentum: float = 0.9
+    """Of the running average."""
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        super().__post_init__()
+        if self.batch_size > TRAINING_EXAMPLES:
+            raise ValueError(f"--batch-size must be at most {TRAINING_EXAMPLES}: got {self.batch_size}.")
+        sizes = (1, *self.estimation_sizes, TRAINING_EXAMPLES)
+        if any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ValueError(
+                f"--estimation-sizes must ascend, from 2 to {TRAINING_EXAMPLES - 1} at most: got "
+                f"{self.estimation_sizes}."
+            )
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"--momentum must be between 0 and 1: got {self.momentum}.")
+
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        return {**{str(size): size for size in self.estimation_sizes}, "all": TRAINING_EXAMPLES}
+
+
+class Trained(NamedTuple):
+    variables: dict[str, Any]
+    reference: Any
+    """The `batch_stats` of the whole training set as one batch."""
+
+
+class BatchNorm(nn.BatchNorm):
+    """Flax's own layer, called as the CNN calls ours."""
+
+    def __call__(self, x: jax.Array, *, update_running_average: bool, domain: None) -> jax.Array:
+        return super().__call__(x)
+
+
+@functools.cache
+def make_model(momentum: float) -> training.CNN:
+    return training.CNN(10, functools.partial(BatchNorm, momentum=momentum), LAYERS)
+
+
+def load() -> tuple[data.Split, data.Split]:
+    """The training set and the test set."""
+    digits = data.load("digits")
+    return jax.device_put((data.Split(*(part[:TRAINING_EXAMPLES] for part in digits.train)), digits.test))
+
+
+def train(config: Config, optimizer: optax.GradientTransformation, split: data.Split, seed: int) -> Trained:
+    model = make_model(config.momentum)
+    state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
+    for epoch in range(1, config.epochs + 1):
+        for index in training.training_batches(TRAINING_EXAMPLES, config.batch_size, seed=seed, epoch=epoch):
+            state, _ = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
+    return Trained(state.variables, updated(state.variables, split.images, momentum=0.0))
+
+
+@functools.partial(jax.jit, static_argnames="momentum")
+def updated(variables: dict[str, Any], images: jax.Array, *, momentum: float) -> Any:
+    """The `batch_stats` after one batch in Flax's training mode, with the weights frozen."""
+    return make_model(momentum).apply(variables, images, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+
+def running_average(config: Config, variables: dict[str, Any], images: jax.Array, *, batch_size: int, seed: int) -> Any:
+    """The running average of random batches, after as many as make it forget where it began."""
+    steps = math.ceil(math.log(FORGOTTEN) / math.log(config.momentum))
+    epochs = range(1, 1 + math.ceil(steps / (len(images) // batch_size)))
+    order = [
+        training.training_batches(len(images), batch_size, seed=seed, epoch=config.epochs + epoch) for epoch in epochs
+    ]
+    for index in np.concatenate(order)[:steps]:
+        variables = {**variables, "batch_stats": updated(variables, images[index], momentum=config.momentum)}
+    return variables["batch_stats"]
+
+
+def estimates(config: Config, variables: dict[str, Any], images: jax.Array, *, batch_size: int, seed: int) -> Any:
+    """The `batch_stats` of each method."""
+    estimate = functools.partial(
+        flaxbn.estimate_population_stats, make_model(config.momentum), variables, images, batch_size=batch_size
+    )
+    return {
+        "running": running_average(config, variables, images, batch_size=batch_size, seed=seed),
+        "precise": estimate(method="precise"),
+        "exact": estimate(method="exact"),
+    }
+
+
+@jax.jit
+def score(variables: dict[str, Any], split: data.Split) -> tuple[jax.Array, jax.Array]:
+    """The loss and the accuracy."""
+    logits = make_model(0.0).apply(variables, split.images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels)
+    return losses.mean(), (logits.argmax(-1) == split.labels).mean()
+
+
+def outcome(trained: Trained, batch_stats: Any, test: data.Split) -> dict[str, float]:
+    """What the statistics are worth, against those of the reference."""
+    (loss, accuracy), (reference_loss, _) = (
+        score({**trained.variables, "batch_stats": stats}, test) for stats in (batch_stats, trained.reference)
+    )
+    var, reference_var = (stats[f"BatchNorm_{len(LAYERS) - 1}"]["var"] for stats in (batch_stats, trained.reference))
+    return {
+        "variance_ratio": float((var / reference_var).mean()),
+        "test_loss": float(loss),
+        "loss_change": float(loss - reference_loss),
+        "test_accuracy": float(accuracy),
+    }
+
+
+def summarize(lines: list[dict[str, Any]], references: list[dict[str, float]]) -> dict[str, Any]:
+    """The outcomes by method and batch size: means over the seeds, and their standard deviations under `seed_spread`.
+
+    Args:
+        lines: one for each batch size, with `batch_size` and `outcomes`, a list by seed of the outcomes by method.
+        references: the outcome of the reference, by seed.
+    """
+    return mean_and_spread(
+        [
+            {"reference": reference, **{m: {x["batch_size"]: x["outcomes"][seed][m] for x in lines} for m in METHODS}}
+            for seed, reference in enumerate(references)
+        ]
+    )
+
+
+def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -> str:
+    """One row for each measure and method, one column for each batch size, in Markdown."""
+    rows = [["", "statistics", *sizes], ["---"] * 2 + ["---:"] * len(sizes)]
+    for measure, (title, form) in MEASURES.items():
+        for method, (label, *_) in METHODS.items():
+            cells = [tuple(tree[method][size][measure] for tree in (summary, summary["seed_spread"])) for size in sizes]
+            rows.append([title, label, *(f"{mean:{form}} ± {spread:{form.lstrip('+z')}}" for mean, spread in cells)])
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    with results.replacing(path) as partial:
+        partial.write_text(text)
+    return text
+
+
+def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, int], title: str) -> None:
+    """The variance ratio and the change of the test loss against the batch size, a line for each method."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    panels = {
+        "variance_ratio": ("Variance of the last layer", "variance / reference"),
+        "loss_change": (
+            f"Test loss (reference: {summary['reference']['test_loss']:.3f} nats)",
+            "difference from the reference (nats)",
+        ),
+    }
+    for ax, (measure, (panel, label)) in zip(axes, panels.items()):
+        for method in METHODS:
+            _draw_method(ax, summary, sizes, method, measure)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([*sizes.values()], [*sizes])
+        ax.minorticks_off()
+        ax.set(xlabel="batch size of the estimation (examples)", ylabel=label)
+        ax.set_title(panel, fontsize="medium")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
+    fig.suptitle(title, fontsize="medium")
+    with results.replacing(path) as partial:
+        fig.savefig(partial, format="png", dpi=150)
+    plt.close(fig)
+
+
+def _draw_method(ax: plt.Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
+    label, marker, color = METHODS[method]
+    mean, spread = (
+        np.array([tree[method][size][measure] for size in sizes]) for tree in (summary, summary["seed_spread"])
+    )
+    ax.plot(sizes.values(), mean, f"{marker}-", label=label, color=color, markersize=4)
+    ax.fill_between(sizes.values(), mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+
+
+def configure() -> Config:
+    return tyro.cli(Config, description=__doc__)
+
+
+def main(config: Config, console: Console) -> None:
+    console.print(config)
+    train_split, test_split = load()
+    lines = results.begin(config.out, config.record(), resume=config.resume, overwrite=config.overwrite)
+    optimizer = config.optimizer(config.epochs * (TRAINING_EXAMPLES // config.batch_size))
+    sizes, networks = config.named_sizes, []
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=config.seeds * (1 + len(sizes)), completed=config.seeds * len(lines))
+        for seed in range(config.seeds):
+            progress.update(task, description=f"training, seed {seed}")
+            networks.append(train(config, optimizer, train_split, seed))
+            progress.advance(task)
+        # All seeds for one batch size, then the next, since compiled passes are not kept for ever.
+        for name in [*sizes][len(lines) :]:
+            line = {"batch_size": name, "outcomes": []}
+            for seed, trained in enumerate(networks):
+                progress.update(task, description=f"batch size {name}, seed {seed}")
+                found = estimates(config, trained.variables, train_split.images, batch_size=sizes[name], seed=seed)
+                line["outcomes"].append({m: outcome(trained, found[m], test_split) for m in METHODS})
+                progress.advance(task)
+            lines.append(line)
+            results.write_lines(config.out / "metrics.jsonl", lines)
+
+    summary = summarize(lines, [outcome(trained, trained.reference, test_split) for trained in networks])
+    top = {"configuration": config.record(), "versions": results.versions(), "methods": summary}
+    results.write_json(config.out / "results.json", top)
+    title = (
+        f"digits, trained with batches of {config.batch_size}; mean ± standard deviation, seeds: {config.seeds}; "
+        "reference: all training examples as one batch"
+    )
+    write_figure(config.out / "batch_sizes.png", summary, sizes, title)
+    console.print(write_table(config.out / "table.md", summary, [*sizes]), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main(configure(), Console())
