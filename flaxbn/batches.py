@@ -42,10 +42,17 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
 
 
+def chosen_samples(arrays: Any, num_samples: int | None) -> int:
+    """How many samples of the arrays are used."""
+    samples = count_samples(arrays)
+    _check_enough(samples, num_samples)
+    return samples if num_samples is None else num_samples
+
+
 def evenly_spaced(arrays: Any, num_samples: int | None) -> Any:
     """`num_samples` samples, evenly spaced over the whole; all where it is None."""
     samples = count_samples(arrays)
-    _check_enough(samples, num_samples)
+    chosen_samples(arrays, num_samples)
     if num_samples is None:
         return arrays
     chosen = np.arange(num_samples, dtype=np.int64) * samples // num_samples

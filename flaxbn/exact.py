@@ -73,8 +73,10 @@ def plan(
     asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
     if batch_size is None:
         known = data.known_batches(batches, num_samples)
-        return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
-    return _plan(asked, _compile(asked, cut(data.evenly_spaced(batches, num_samples), batch_size)), memory_limit)
+    else:
+        rows = data.strided_rows(data.chosen_samples(batches, num_samples), batch_size)
+        known = [data.abstract(batches, len(row)) for group in rows for row in group]
+    return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
 
 
 def check_limit(memory_limit: Any, method: str) -> None:
@@ -87,18 +89,18 @@ def check_limit(memory_limit: Any, method: str) -> None:
 def exact_pass(asked: Request, read: Callable[[], list[Source]], memory_limit: int | None) -> Result:
     """The exact moments of the batches that `read` describes, merged over all processes for each call."""
     batches: list[Batch] = []
+    watched: list[int] = []
 
     def prepare() -> np.ndarray:
         batches.extend(_compile(asked, read()))
+        if len(batches) == 1 == jax.process_count():
+            for segment in batches[0].segments.segments:
+                segment.check_values()
+        watched.extend(probe.watched(asked, batches))
         return _signature(batches)
 
-    signatures = together(prepare)
-    calls = _agreed(signatures)
+    calls = _agreed(together(prepare))
     kept = [call.kept for call in _plan(asked, batches, memory_limit).calls] if batches else [True] * calls
-    if len(batches) == len(signatures) == 1:
-        for segment in batches[0].segments.segments:
-            segment.check_values()
-    watched = probe.watched(batches)
     found = run(asked, batches, kept, watched)
     entries = batches[0].segments.entries if batches else [stored.all_entries(asked.layers)] * calls
     result = Result(entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))

@@ -12,7 +12,7 @@ from flax.core import DenyList
 
 from flaxbn import batches as data
 from flaxbn import observe, stored
-from flaxbn.moments import Moments, merge
+from flaxbn.moments import Moments, merge, widen
 from flaxbn.observe import Call
 from flaxbn.readers import measure_tap
 from flaxbn.request import call_directly, check_model
@@ -75,7 +75,7 @@ def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any
 
 def _differ(whole: Moments, parts: Moments, dtype: Any) -> bool:
     seen = whole.count > 0
-    rounding = float(jnp.finfo(dtype).eps)
+    rounding = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.inexact) else widen(dtype)).eps)
     tolerance = max(_TOLERANCE, rounding)
     power = np.mean(np.abs(whole.mean) ** 2 + whole.var, where=seen) if seen.any() else 0.0
     var = whole.var.astype(np.float64) + rounding * power + np.finfo(np.float64).tiny
@@ -134,6 +134,8 @@ def _rows_differ(expected: np.ndarray, found: np.ndarray) -> bool:
     tolerance = max(_TOLERANCE, float(jnp.finfo(expected.dtype).eps))
     wide = np.complex128 if np.iscomplexobj(expected) else np.float64
     expected, found = expected.astype(wide), found.astype(wide)
-    scale = np.sqrt(np.nanmean(np.abs(expected) ** 2)) if np.isfinite(expected).any() else 0.0
-    close = np.abs(found - expected) <= tolerance * scale
-    return bool(np.any(~close & ~(np.isnan(expected) & np.isnan(found)) & (expected != found)))
+    finite = np.isfinite(expected) & np.isfinite(found)
+    scale = np.sqrt(np.mean(np.abs(expected) ** 2, where=finite)) if finite.any() else 0.0
+    wrong = np.abs(np.where(finite, found, 0) - np.where(finite, expected, 0)) > tolerance * scale
+    same = (expected == found) | (np.isnan(expected) & np.isnan(found))
+    return bool(np.any(np.where(finite, wrong, ~same)))

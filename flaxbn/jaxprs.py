@@ -82,7 +82,8 @@ def as_key(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return id(value)
-    return type(value), value
+    is_number = isinstance(value, float | complex | np.generic)  # 0.0 == -0.0
+    return type(value), repr(value) if is_number else value
 
 
 def _parameters(eqn: Any) -> Hashable:

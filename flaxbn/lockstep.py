@@ -154,14 +154,15 @@ def _measure(
 
 def _values(asked: Request, batch: Batch, shared: Values, base: int, call: int) -> Values:
     """What lives of a batch before a call, computed from what is kept."""
-    values = _fetch(asked, batch) if batch.values is None else dict(batch.values)
+    values = fetch(asked, batch) if batch.values is None else dict(batch.values)
     for segment in batch.segments.segments[base:call]:
         made = segment.advance(values, shared)
         values = {v: a for v, a in values.items() if v not in segment.dead} | made
     return values
 
 
-def _fetch(asked: Request, batch: Batch) -> Values:
+def fetch(asked: Request, batch: Batch) -> Values:
+    """Reads a batch, and the weights of its samples."""
     placed, present = data.placed(batch.fetch(), asked.setting.sharding)
     if batch.weights is None:
         batch.weights = batch.segments.sample_weights(placed, present)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from flaxbn import batches as data
 from flaxbn import mesh
 from flaxbn.independence import check_parts, split
-from flaxbn.lockstep import Batch, Found
+from flaxbn.lockstep import Batch, Found, fetch
 from flaxbn.moments import Moments, merge
 from flaxbn.readers import measure_tap, stored_statistics
 from flaxbn.request import Request
@@ -26,10 +26,22 @@ def _merge_each(*parts: list[Moments]) -> list[Moments]:
     return merge(*parts)
 
 
-def watched(batches: Sequence[Batch]) -> list[int]:
-    """The batches to check independence by: the first one that can be cut, or else two that can be joined."""
-    several = [batch.number for batch in batches if batch.size > 1]
-    return several[:1] or [0, 1][: len(batches) if len(batches) > 1 else 0]
+def watched(asked: Request, batches: Sequence[Batch]) -> list[int]:
+    """The batches to check independence by: the first one with weight that can be cut, or else two to be joined."""
+    single: list[int] = []
+    for batch in batches:
+        if _has_weight(asked, batch):
+            if batch.size > 1:
+                return [batch.number]
+            single.append(batch.number)
+    return single[:2] if len(single) > 1 else []
+
+
+def _has_weight(asked: Request, batch: Batch) -> bool:
+    if asked.setting.sample_weight is None:
+        return True
+    fetch(asked, batch)
+    return bool(np.any(np.asarray(batch.weights) > 0))
 
 
 def check_independence(asked: Request, batches: Sequence[Batch], found: Found) -> None:

@@ -426,7 +426,7 @@ class Flattened(nn.Module):
         (ValueError, r"`num_samples=300` samples: saw 203", {"batches": [X], "num_samples": 300}),
         (ValueError, r"common leading.*\(203,\), \(202,\)", {"batches": (LABELS, LABELS[1:]), "batch_size": 2}),
         (ValueError, r"common leading.*\(\)", {"batches": [np.float32(1)]}),
-        (ValueError, r'`method` must be "precise": got \'other\'', {"batch_size": 2, "method": "other"}),
+        (ValueError, r'`method` must be "precise" or "exact": got \'other\'', {"batch_size": 2, "method": "other"}),
         (ValueError, r"must run a batch-norm layer.*One ran none", {"batch_size": 2, "call": lambda m, x: x}),
         (TypeError, r"must be a flax.linen.Module: got function", {"model": lambda x: x, "batch_size": 2}),
         (ValueError, r"must hold the collection 'batch_stats': got \['params'\]", {"variables": {"params": 1}}),
