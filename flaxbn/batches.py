@@ -139,7 +139,7 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
     present = padding(size, shards(sharding))
     if present is not None:
         rows = np.minimum(np.arange(len(present)), size - 1)
-        batch = jax.tree.map(lambda a: np.asarray(a)[rows], batch)
+        batch = jax.tree.map(lambda a: (a if isinstance(a, jax.Array) else np.asarray(a))[rows], batch)
     return jax.device_put(batch, sharding), present
 
 

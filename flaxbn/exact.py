@@ -76,7 +76,8 @@ def plan(
     else:
         rows = data.strided_rows(data.chosen_samples(batches, num_samples), batch_size)
         known = [data.abstract(batches, len(row)) for group in rows for row in group]
-    return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
+    with mesh.no_mesh():
+        return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
 
 
 def check_limit(memory_limit: Any, method: str) -> None:
@@ -147,7 +148,8 @@ def _compile(asked: Request, sources: Sequence[Source]) -> list[Batch]:
         if key not in by_shape:
             present = data.padding(data.count_samples(shape), shards)
             placed = shape if present is None else data.abstract(shape, len(present))
-            shapes = shapes_of(asked.variables, placed, asked.rngs, padded=present is not None)
+            samples = None if present is None else int(np.sum(present))
+            shapes = shapes_of(asked.variables, placed, asked.rngs, present=samples)
             by_shape[key] = compiled[shapes]
         return by_shape[key]
 

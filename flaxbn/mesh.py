@@ -28,6 +28,19 @@ def with_auto_axes(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=axes), sharding.spec)
 
 
+def to_auto(tree: Any) -> Any:
+    """Arrays that lie on a mesh with other axes, on that mesh with axes that jax partitions by itself."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        if all(kind == AxisType.Auto for kind in leaf.sharding.mesh.axis_types):
+            return leaf
+        return jax.device_put(leaf, with_auto_axes(leaf.sharding))
+
+    return jax.tree.map(convert, tree)
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays on the mesh of `sharding`: split as they are if they lie on its devices already, else whole on each."""
 
@@ -38,6 +51,11 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
         return own.spec if np.array_equal(own.mesh.devices, sharding.mesh.devices) else PartitionSpec()
 
     return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), tree)
+
+
+def no_mesh() -> Any:
+    """A context in which the mesh that the caller has made the current one is not in force."""
+    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:

@@ -5,16 +5,17 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import exact, observe, precise, stored
+from flaxbn import exact, mesh, observe, precise, stored
 from flaxbn.hosts import together
 from flaxbn.moments import merge
 from flaxbn.observe import Call
-from flaxbn.readers import batch_statistics, stored_statistics
-from flaxbn.request import Request, call_directly, check_model, request
+from flaxbn.readers import batch_statistics, check_values, stored_statistics
+from flaxbn.request import Request, call_directly, check_concrete, check_model, request
 from flaxbn.results import Result, as_tree, by_path, fetched, warn_called_twice
 from flaxbn.sites import check_layers
 from flaxbn.tap import Tap
@@ -71,7 +72,10 @@ def apply(
         switched = {site for site, read in enumerate(entries) if read is not None}
 
     def on_tap(tap: Tap) -> Any:
-        return batch_statistics(tap, None) if tap.site in switched else stored_statistics(tap)
+        if tap.site not in switched:
+            return stored_statistics(tap)
+        check_values(tap, tap.x.shape)
+        return batch_statistics(tap, None)
 
     return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
 
@@ -242,15 +246,19 @@ def population_moments(
         normalization_batch=normalization_batch,
         rngs=rngs,
     )
+    check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
     found: list[Result] = []
 
     def local() -> Any:
-        found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
+        with mesh.no_mesh():
+            found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
         return by_path(found, asked.layers)
 
     parts = together(local) if method == "precise" else [local()]
     if earlier is not None:
         parts.append(stored.fill(earlier, asked.wanted, parts[0]))
+    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
+        raise ValueError("The data must hold at least one sample: no process saw any.")
     moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
     tree = as_tree(moments, asked.wanted, keep_unseen=keep_unseen)
     warn_called_twice(found, asked.wanted)
@@ -261,10 +269,11 @@ def _pass(
     asked: Request, method: str, batches: Any, batch_size: int | None, num_samples: int | None, limit: int | None
 ) -> list[Result]:
     if batch_size is None:
-        stream = data.stream(batches, num_samples)
+        stream = map(mesh.to_auto, data.stream(batches, num_samples))
         if method == "exact":
             return [exact.exact_pass(asked, lambda: exact.held(stream), limit)]
         return precise.pass_over_stream(asked, stream)
+    batches = mesh.to_auto(batches)
     if method == "exact":
         return [exact.exact_pass(asked, lambda: exact.cut(data.evenly_spaced(batches, num_samples), batch_size), limit)]
     return precise.pass_over_arrays(asked, data.evenly_spaced(batches, num_samples), batch_size)

@@ -53,6 +53,7 @@ class Pass:
     def _on_tap(self, weights: Array | None, tap: Tap) -> tuple[Array, Array, Moments | None]:
         if tap.site not in self.sites.entries:
             return stored_statistics(tap)
+        self.sites.check_values(tap)
         return batch_statistics(tap, self.sites.weights(tap, weights))
 
     def _spread_moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
@@ -123,10 +124,13 @@ def pass_over_arrays(asked: Request, arrays: Any, batch_size: int) -> list[Resul
 
 
 def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
-    """The key of a compiled pass: by the part of the batch that normalizes together."""
+    """The key of a compiled pass: by the part of the batch that normalizes together, the last one that is not empty."""
+    samples = None if present is None else int(np.sum(present))
     if asked.setting.by_device:
-        batch = data.abstract(batch, data.count_samples(batch) // data.shards(asked.setting.sharding))
-    return shapes_of(asked.variables, batch, asked.rngs, padded=present is not None)
+        size = data.count_samples(batch) // data.shards(asked.setting.sharding)
+        batch = data.abstract(batch, size)
+        samples = None if samples is None else (samples - 1) % size + 1
+    return shapes_of(asked.variables, batch, asked.rngs, present=samples)
 
 
 def pass_over_stream(asked: Request, batches: Iterable[Any]) -> list[Result]:

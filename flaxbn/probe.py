@@ -73,7 +73,7 @@ def _probe(asked: Request, parts: Sequence[Any], weights: Sequence[Array | None]
     parts = jax.tree.map(jnp.asarray, parts)
     if sharding is not None:
         parts, weights = jax.device_put((parts, weights), mesh.replicated(sharding))
-    shapes = tuple(shapes_of(asked.variables, part, asked.rngs, padded=False) for part in parts)
+    shapes = tuple(shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts)
     try:
         probe = Compiled(_Probe, asked.setting)[shapes]
         return probe.run(asked.variables, asked.rngs, parts, weights, found.statistics)

@@ -19,20 +19,19 @@ def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
 
 def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Moments]:
     """The moments of the tap's input; where their count is 0, the layer normalizes by what is stored."""
-    check_values(tap)
     moments = measure_tap(tap, weights)
     return *replace_seen(tap.mean, tap.var, moments), moments
 
 
-def check_values(tap: Tap) -> None:
-    """A single value per channel has no batch statistics: an error."""
-    values = math.prod(tap.x.shape[tap.lanes + axis] for axis in tap.axes)
+def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
+    """A single value per channel has no batch statistics: an error, `shape` being that of the input without padding."""
+    values = math.prod(shape[tap.lanes + axis] for axis in tap.axes)
     if tap.axis_name is not None:
         values *= linen.members(tap.axis_name, tap.axis_index_groups)
     if values == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
-            f"of shape {tap.x.shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one."
+            f"of shape {shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one."
         )
 
 

@@ -56,12 +56,12 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
 
 def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
     weights = np.ones(replicas) if counts is None else np.asarray(counts, float)
-    if weights.shape != (replicas,) or not np.all(weights >= 0) or not weights.sum() > 0:
+    if weights.shape != (replicas,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
         raise ValueError(
-            f"`counts` must be {replicas} numbers, one for each replica, not negative and not all zero: got an array "
-            f"of shape {weights.shape}."
+            f"`counts` must be {replicas} numbers, one for each replica, finite, not negative and not all zero: got an "
+            f"array of shape {weights.shape}."
         )
-    return weights
+    return weights / weights.sum()
 
 
 def _merge(named: Any, path: stored.Path, weights: np.ndarray) -> Moments:

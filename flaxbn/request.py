@@ -46,13 +46,8 @@ def request(
     """Checks the arguments and brings the variables to where the batches will lie."""
     check_model(model)
     _check_batch_stats(variables)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
-        raise TypeError(
-            "`variables` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
-            "outside of `jax.jit`, `jax.pmap`, `jax.shard_map` and the like: with the variables of one replica and "
-            '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
-            "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
-        )
+    check_concrete("variables", variables)
+    check_concrete("rngs", rngs)
     layers = stored.stored_layers(variables["batch_stats"])
     wanted = _wanted_layers(layers, only, model)
     by_device = _check_normalization_batch(normalization_batch, sharding)
@@ -86,6 +81,17 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
             "method or a compiled function, inside which the batch-norm layers cannot be seen."
+        )
+
+
+def check_concrete(name: str, tree: Any) -> None:
+    """Arguments must be arrays, not what a transformation traces."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"`{name}` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
+            "outside of `jax.jit`, `jax.pmap`, `jax.shard_map` and the like: with the variables of one replica and "
+            '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
+            "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
         )
 
 

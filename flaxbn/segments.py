@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from flaxbn.jaxprs import as_function, as_key, is_variable, structure
 from flaxbn.moments import Moments
-from flaxbn.readers import check_values, measure_tap
+from flaxbn.readers import measure_tap
 from flaxbn.setting import Setting, Shapes
 from flaxbn.sites import find_sites, sample_weights
 from flaxbn.tap import as_tap, tap_p
@@ -127,7 +127,7 @@ class Segment:
 
     def check_values(self) -> None:
         """A single value per channel in this batch is an error."""
-        check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
+        self._whole.sites.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
 
     @property
     def rows(self) -> int:

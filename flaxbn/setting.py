@@ -57,11 +57,14 @@ class Setting(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The structure and the leaves' shapes of (variables, batch, rngs), as a key."""
+    """The structure and the leaves' shapes of (variables, batch, rngs), as a key.
+
+    `present` is the number of samples that are no padding, where there is padding.
+    """
 
     structure: Any
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
-    padded: bool
+    present: int | None
 
     def abstract(self, *, grow: int = 0) -> Any:
         """The arguments as abstract arrays, the batch longer by `grow` samples."""
@@ -71,10 +74,10 @@ class Shapes(NamedTuple):
         return variables, batch, rngs
 
 
-def shapes_of(variables: Any, batch: Any, rngs: Any, *, padded: bool) -> Shapes:
+def shapes_of(variables: Any, batch: Any, rngs: Any, *, present: int | None) -> Shapes:
     """The key of these arguments, which may be abstract."""
     leaves, structure = jax.tree.flatten((variables, batch, rngs))
-    return Shapes(structure, tuple((a.shape, a.dtype) for a in leaves), padded)
+    return Shapes(structure, tuple((a.shape, a.dtype) for a in leaves), present)
 
 
 _kept: OrderedDict[Any, Any] = OrderedDict()

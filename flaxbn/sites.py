@@ -12,6 +12,7 @@ from jaxtyping import Array
 from flaxbn import batches as data
 from flaxbn import observe, stored
 from flaxbn.program import Program
+from flaxbn.readers import check_values
 from flaxbn.setting import Setting, Shapes
 from flaxbn.tap import Tap
 
@@ -23,11 +24,20 @@ class Sites(NamedTuple):
         program: the traced evaluation; its arguments are the leaves of (variables, batch, rngs).
         entries: for each such tap, by its site, the numbers of the stored entries that it reads.
         batch_axes: the axis of the tap's input along which the samples lie, where weights are in use.
+        present: how many samples are no padding, where there is padding.
     """
 
     program: Program
     entries: dict[int, np.ndarray]
     batch_axes: dict[int, int]
+    present: int | None
+
+    def check_values(self, tap: Tap) -> None:
+        """A single value per channel, padding left out, is an error."""
+        shape = list(tap.x.shape)
+        if self.present is not None:
+            shape[self.batch_axes[tap.site]] = self.present
+        check_values(tap, tuple(shape))
 
     def weights(self, tap: Tap, weights: Array | None) -> Array | None:
         """The weights of samples, shaped to the rank of the tap's input."""
@@ -55,10 +65,10 @@ def find_sites(
     wanted = np.concatenate([np.ravel(layers.entries[path]) for path in setting.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
     axes = {}
-    if shapes.padded or setting.sample_weight is not None:
+    if shapes.present is not None or setting.sample_weight is not None:
         longer = traced(shapes.abstract(grow=1))
         axes = {i: _batch_axis(program, longer, i, data.count_samples(batch)) for i in found}
-    return Sites(program, found, axes)
+    return Sites(program, found, axes, shapes.present)
 
 
 def sample_weights(setting: Setting, batch: Any, present: Any) -> Array | None:

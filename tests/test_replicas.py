@@ -1,0 +1,286 @@
+"""Statistics of replicas merged, and moments continued in another job."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.core import FrozenDict, freeze
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_same_statistics, merged
+
+import flaxbn
+
+RNG = np.random.default_rng(0)
+X = (RNG.normal(size=(120, 4)) + np.arange(120)[:, None] / 30).astype(np.float32)
+
+
+def replicas(count=3, channels=5, seed=0):
+    """Statistics as replicas hold them: in float32, one row each."""
+    rng = np.random.default_rng(seed)
+    mean, var = rng.normal(size=(count, channels)), rng.uniform(0.5, 2, (count, channels))
+    return {"mean": mean.astype(np.float32), "var": var.astype(np.float32)}
+
+
+def pooled(stats, counts=None):
+    counts = np.ones(len(stats["mean"])) if counts is None else counts
+    return dict(zip(("mean", "var"), merged(counts, stats["mean"], stats["var"])))
+
+
+@pytest.mark.parametrize("counts", [None, [1, 1, 1], [7, 2, 30], [5, 0, 3], (0.5, 0.25, 0.25), np.array([1e6, 1, 3e6])])
+def test_replicas_merge_by_their_counts(counts):
+    stats = replicas()
+    found = flaxbn.merge_replicas({"norm": stats}, counts)
+    assert_same_statistics(found, {"norm": pooled(stats, counts)})
+    with pytest.raises(AssertionError):  # the average of the variances is another one
+        assert_same_statistics(found, {"norm": {k: np.average(v, 0, counts) for k, v in stats.items()}})
+
+
+def test_the_moments_of_pooled_data():
+    """Parts of 10, 50 and 60 samples, whose means differ."""
+    parts = np.split(X.astype(np.float64), [10, 60])
+    stats = {"mean": np.stack([p.mean(0) for p in parts]), "var": np.stack([p.var(0) for p in parts])}
+    stats = jax.tree.map(lambda a: a.astype(np.float32), stats)
+    found = flaxbn.merge_replicas({"norm": stats}, [10, 50, 60])
+    assert_same_statistics(found["norm"], {"mean": X.mean(0, np.float64), "var": X.var(0, dtype=np.float64)})
+
+
+def test_equal_counts_are_the_default():
+    stats = {"norm": replicas()}
+    chex.assert_trees_all_equal(flaxbn.merge_replicas(stats), flaxbn.merge_replicas(stats, [4, 4, 4]))
+
+
+def test_one_replica_is_itself():
+    stats = replicas(count=1)
+    found = flaxbn.merge_replicas({"norm": stats}, [3])
+    assert_same_statistics(found["norm"], {k: v[0] for k, v in stats.items()}, 2e-7)  # rounded once
+
+
+def test_statistics_stacked_by_a_scan():
+    """The replicas lie along the first axis, the layers of the scan along the second."""
+    stats = replicas(count=4, channels=6)
+    stacked = jax.tree.map(lambda a: a.reshape(4, 2, 3), stats)
+    found = flaxbn.merge_replicas({"body": {"norm": stacked}}, [1, 2, 3, 4])
+    expected = jax.tree.map(lambda a: a.reshape(2, 3), pooled(stats, [1, 2, 3, 4]))
+    assert_same_statistics(found["body"]["norm"], expected)
+
+
+def test_merged_in_float32_and_stored_as_before():
+    stats = jax.tree.map(lambda a: (100 + a).astype(jnp.bfloat16), replicas())
+    found = flaxbn.merge_replicas({"norm": stats})["norm"]
+    expected = pooled(jax.tree.map(lambda a: np.asarray(a, np.float64), stats))
+    for name, leaf in found.items():
+        assert leaf.dtype == jnp.bfloat16
+        # The result is rounded once, to 8 bits.
+        np.testing.assert_allclose(np.asarray(leaf, np.float64), expected[name], rtol=2**-9 * 1.01)
+
+
+def test_complex_means():
+    stats = replicas()
+    stats["mean"] = (stats["mean"] + 1j * stats["mean"][::-1]).astype(np.complex64)
+    found = flaxbn.merge_replicas({"norm": stats}, [1, 2, 3])["norm"]
+    mean = np.average(stats["mean"].astype(np.complex128), 0, [1, 2, 3])
+    var = np.average(stats["var"] + np.abs(stats["mean"] - mean) ** 2, 0, [1, 2, 3])
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(found["var"], var, rtol=1e-6)
+
+
+def test_containers_are_kept():
+    stats = freeze({"block": {"norm": replicas()}})
+    found = flaxbn.merge_replicas(stats)
+    assert isinstance(found, FrozenDict)
+    assert jax.tree.structure(found) == jax.tree.structure(stats)
+    assert_same_statistics(found["block"]["norm"], pooled(stats["block"]["norm"]))
+
+
+def test_metadata_is_kept():
+    boxed = jax.tree.map(lambda a: nn.Partitioned(a, ("channel",)), replicas())
+    found = flaxbn.merge_replicas({"norm": boxed})["norm"]
+    assert found["mean"].names == ("channel",)
+    assert_same_statistics(found, pooled(replicas()))
+
+
+def test_a_counter_that_is_the_same_is_kept():
+    stats = {"norm": {**replicas(), "steps": np.full(3, 17, np.int32)}}
+    found = flaxbn.merge_replicas(stats)["norm"]["steps"]
+    assert (found.shape, found.dtype, int(found)) == ((), np.int32, 17)
+
+
+def test_a_single_statistic_is_no_layer():
+    """Without a variance of its shape beside it, a mean is kept like any other leaf."""
+    found = flaxbn.merge_replicas({"ema": {"mean": np.full((3, 2), 4, np.float32)}})
+    np.testing.assert_array_equal(found["ema"]["mean"], [4, 4])
+
+
+def test_the_result_fits_the_model(devices):
+    """What replicas hold on eight devices is one tree on one device, which the model takes."""
+    model = nn.BatchNorm(momentum=0.0)
+    variables = model.init(jax.random.key(0), X, use_running_average=True)
+
+    @jax.pmap
+    def step(x):
+        return model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])[1]["batch_stats"]
+
+    found = flaxbn.merge_replicas(step(X.reshape(8, 15, 4)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, variables["batch_stats"])
+    assert_same_statistics(found, {"mean": X.mean(0, np.float64), "var": X.var(0, dtype=np.float64)})
+    assert {leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(found)} == {True}
+    model.apply({**variables, "batch_stats": found}, X, use_running_average=True)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.floats(-100, 100),
+    st.floats(0.01, 100),
+    st.integers(0, 2**32 - 1),
+)
+def test_merging_the_moments_of_parts_gives_those_of_the_whole(sizes, mean, std, seed):
+    x = np.random.default_rng(seed).normal(mean, std, (sum(sizes), 3))
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    stats = {"mean": np.stack([p.mean(0) for p in parts]), "var": np.stack([p.var(0) for p in parts])}
+    found = flaxbn.merge_replicas(jax.tree.map(lambda a: a.astype(np.float32), stats), sizes)
+    # Means are stored to 6e-8 of their size, which enters the variance by twice the deviation from the common mean.
+    off = 2e-7 * np.abs(x).max()
+    assert np.all(np.abs(found["mean"] - x.mean(0)) <= 2 * off)
+    assert np.all(np.abs(found["var"] - x.var(0)) <= 2e-6 * x.var(0) + 4 * off * x.std(0) + off**2)
+
+
+@pytest.mark.parametrize(
+    ("message", "stats", "counts"),
+    [
+        (r"replicas along their leading axis: got leading axes \[2, 3\]", {"steps": np.ones(2)}, None),
+        (r"replicas along their leading axis: got leading axes \[None, 3\].*one replica", {"steps": np.ones(())}, None),
+        (r"`counts` must be 3 numbers.*got an array of shape \(2,\)", {}, [1, 2]),
+        (r"`counts` must be 3 numbers.*got an array of shape \(\)", {}, 5),
+        (r"`counts` must be 3 numbers.*not negative", {}, [1, -1, 1]),
+        (r"`counts` must be 3 numbers.*not all zero", {}, [0, 0, 0]),
+        (r"`counts` must be 3 numbers", {}, [1, np.nan, 1]),
+        (r"`counts` must be 3 numbers", {}, [1, np.inf, 1]),
+        (
+            r"the same on all replicas: \['norm'\]\['steps'\] differs between them. Take it from",
+            {"steps": np.array([3, 3, 4])},
+            None,
+        ),
+    ],
+)
+def test_errors(message, stats, counts):
+    with pytest.raises(ValueError, match=message):
+        flaxbn.merge_replicas({"norm": {**replicas(), **stats}}, counts)
+
+
+def test_statistics_of_one_model_are_an_error():
+    """Channels would be taken for replicas, were it not for layers of other sizes."""
+    stats = {"a": {"mean": np.zeros(8), "var": np.ones(8)}, "b": {"mean": np.zeros(4), "var": np.ones(4)}}
+    with pytest.raises(ValueError, match=r"got leading axes \[4, 8\].*one replica need no merging"):
+        flaxbn.merge_replicas(stats)
+
+
+# Moments continued.
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (6, 5):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(features)(x)))
+        return x
+
+
+NET = Net()
+VARIABLES = jax.jit(NET.init)(jax.random.key(0), X[:2])
+BATCHES = np.split(X, 6)
+
+
+def moments(batches, **options):
+    return flaxbn.population_moments(NET, VARIABLES, batches, **options)
+
+
+def assert_same_moments(found, expected):
+    """In the same batches, merged in another order."""
+    for layer, one in expected.items():
+        np.testing.assert_array_equal(found[layer].count, one.count)
+        found_layer, one = found[layer]._asdict(), one._asdict()
+        assert_same_statistics(found_layer, jax.device_get(one))
+
+
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_continued_moments_are_those_of_one_pass(first):
+    both = moments(BATCHES[first:], earlier=moments(BATCHES[:first]))
+    assert_same_moments(both, moments(BATCHES))
+
+
+def test_moments_are_continued_again_and_again():
+    found = None
+    for batch in BATCHES:
+        found = moments([batch], earlier=found)
+    assert_same_moments(found, moments(BATCHES))
+
+
+def test_moments_are_continued_from_a_checkpoint(tmp_path):
+    """By Orbax, with the tree of other moments of the model as the target."""
+    first = moments(BATCHES[:2])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path.absolute() / "moments", first)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path.absolute() / "moments", first)
+    both = moments(BATCHES[2:], earlier=restored)
+    chex.assert_trees_all_equal(both, moments(BATCHES[2:], earlier=first))
+    assert_same_moments(both, moments(BATCHES))
+    found = flaxbn.to_batch_stats(both, VARIABLES["batch_stats"])
+    assert_same_statistics(found, jax.device_get(flaxbn.estimate_population_stats(NET, VARIABLES, BATCHES)))
+
+
+def test_continued_moments_of_some_layers():
+    def only(path):
+        return path == "BatchNorm_1"
+
+    both = moments(BATCHES[2:], earlier=moments(BATCHES[:2], only=only), only=only)
+    assert_same_moments(both, moments(BATCHES, only=only))
+
+
+def test_continued_moments_on_all_devices(devices):
+    sharding = flaxbn.data_sharding()
+    both = moments(BATCHES[3:], sharding=sharding, earlier=moments(BATCHES[:3]))
+    expected = moments(BATCHES)
+    for layer in expected:
+        # Sums over the devices are taken in another order, in two layers.
+        assert_same_statistics(both[layer]._asdict(), jax.device_get(expected[layer]._asdict()), 1e-5)
+
+
+def test_earlier_moments_are_not_changed():
+    first = moments(BATCHES[:2])
+    before = jax.tree.map(np.array, first)
+    moments(BATCHES[2:], earlier=first)
+    chex.assert_trees_all_equal(first, before)
+
+
+def test_exact_moments_cannot_be_continued():
+    with pytest.raises(ValueError, match=r'`earlier` moments.*`method="precise"`.*give all data to one call'):
+        moments(BATCHES[3:], method="exact", earlier=moments(BATCHES[:3]))
+
+
+M5, M6 = (flaxbn.Moments(*np.ones((3, size), np.float32)) for size in (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "received"),
+    [
+        ({"BatchNorm_0": M6}, r"got {'BatchNorm_0': \(6,\)}"),
+        ({"BatchNorm_0": M6, "BatchNorm_1": M5, "other": M5}, r"got .*'other': \(5,\)"),
+        ({"BatchNorm_0": M6, "BatchNorm_1": M6}, r"got .*'BatchNorm_1': \(6,\)}"),
+        ({"BatchNorm_0": M6, "BatchNorm_1": np.ones(5)}, r"got .*'BatchNorm_1': None}"),
+        (VARIABLES["batch_stats"], r"got .*'BatchNorm_0/mean': None"),
+        ({}, "got {}"),
+    ],
+)
+def test_earlier_moments_that_do_not_fit_are_errors(earlier, received):
+    message = (
+        r"`earlier` must be a tree of Moments of the same layers and shapes: "
+        rf"{received}.* where {{'BatchNorm_0': \(6,\), 'BatchNorm_1': \(5,\)}} are estimated"
+    )
+    with pytest.raises(ValueError, match=message):
+        moments(BATCHES[:1], earlier=earlier)
