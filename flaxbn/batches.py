@@ -91,7 +91,7 @@ def abstract(batch: Any, size: int | None = None) -> Any:
     """The shapes and dtypes that a batch has on a device, with `size` samples if given."""
 
     def shape(a: Any) -> jax.ShapeDtypeStruct:
-        a = a if hasattr(a, "dtype") else np.asarray(a)
+        a = a if isinstance(a, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) else np.asarray(a)
         dtype = jax.dtypes.canonicalize_dtype(a.dtype, allow_extended_dtype=True)
         return jax.ShapeDtypeStruct((a.shape[0] if size is None else size, *a.shape[1:]), dtype)
 

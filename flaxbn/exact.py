@@ -76,7 +76,7 @@ def plan(
     else:
         rows = data.strided_rows(data.chosen_samples(batches, num_samples), batch_size)
         known = [data.abstract(batches, len(row)) for group in rows for row in group]
-    with mesh.no_mesh():
+    with mesh.own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
         return _plan(asked, _compile(asked, [(shape, lambda: None) for shape in known]), memory_limit)
 
 
@@ -177,14 +177,14 @@ def _plan(asked: Request, batches: Sequence[Batch], memory_limit: int | None) ->
 
 
 def _signature(batches: Sequence[Batch]) -> np.ndarray:
-    """How many calls there are, and a checksum of what they read; zeros where there is no batch."""
+    """How many batches and calls there are, and a checksum of what the calls read."""
     entries = batches[0].segments.entries if batches else []
     checksum = zlib.crc32(b"".join(np.asarray(e, np.int64).tobytes() for e in entries))
-    return np.asarray([len(entries), checksum % 2**31], np.int32)
+    return np.asarray([len(batches), len(entries), checksum % 2**31], np.int32)
 
 
 def _agreed(signatures: Sequence[np.ndarray]) -> int:
-    present = {tuple(np.asarray(s).tolist()) for s in signatures if s[0]}
+    present = {tuple(np.asarray(s).tolist()[1:]) for s in signatures if s[0]}
     if not present:
         raise ValueError("The data must hold at least one sample: no process saw any.")
     if len(present) > 1:

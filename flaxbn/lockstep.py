@@ -93,8 +93,15 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], watched:
         found.statistics.append((mean, var))
         for key, whole in wholes.items():
             shared[key] |= whole.segments[call].statistics(mean, var)
+        if keeps and base == 0:
+            for batch in batches:
+                batch.fetch = batch.fetch if batch.number in watched else _already_read
         base = call + 1 if keeps else base
     return found
+
+
+def _already_read() -> Any:
+    raise AssertionError("a batch is read again only where nothing of it is kept")
 
 
 def _of_all_processes(

@@ -1,6 +1,7 @@
 """Where batches lie."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -53,9 +54,15 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), tree)
 
 
-def no_mesh() -> Any:
-    """A context in which the mesh that the caller has made the current one is not in force."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:
+    """A context for what is compiled here, whatever mesh the caller has made the current one."""
+    current = jax.sharding.get_abstract_mesh()
+    is_auto = all(kind == AxisType.Auto for kind in current.axis_types)
+    if current.empty or (is_auto and sharding is None):
+        return nullcontext()
+    if by_device or sharding is None:
+        return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    return jax.set_mesh(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=sharding.mesh.axis_types))
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:

@@ -55,7 +55,7 @@ class Plan:
     @property
     def largest_bytes(self) -> int:
         """The memory limit from which one forward pass is enough."""
-        return max(call.live_bytes for call in self.calls)
+        return max((call.live_bytes for call in self.calls), default=0)
 
     def __str__(self) -> str:
         limit = "no memory limit" if self.memory_limit is None else f"memory limit {_size(self.memory_limit)}"

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from flaxbn import batches as data
 from flaxbn import exact, mesh, observe, precise, stored
 from flaxbn.hosts import together
-from flaxbn.moments import merge
+from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
 from flaxbn.readers import batch_statistics, check_values, stored_statistics
 from flaxbn.request import Request, call_directly, check_concrete, check_model, request
@@ -220,6 +220,53 @@ def population_moments(
         into statistics. Precise moments of different parts of the data merge by `flaxbn.merge` into those of one pass
         over all. Exact ones do not, but for the first layer: deeper ones depend on the statistics of the whole set.
     """
+    prepared: list[tuple[Request, dict[stored.Path, Moments]]] = []
+    found: list[Result] = []
+
+    def prepare() -> Any:
+        asked = request(
+            model,
+            variables,
+            call=call,
+            sample_weight=sample_weight,
+            only=only,
+            sharding=sharding,
+            normalization_batch=normalization_batch,
+            rngs=rngs,
+        )
+        _check_arguments(batches, batch_size, num_samples, method, memory_limit, normalization_batch, earlier)
+        before = {} if earlier is None else stored.moments_by_path(earlier, asked.wanted)
+        prepared.append((asked, before))
+        return np.zeros(())
+
+    together(prepare)
+    asked, before = prepared[0]
+
+    def local() -> Any:
+        with mesh.own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
+            found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
+        return by_path(found, asked.layers)
+
+    parts = together(local) if method == "precise" else [local()]
+    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
+        raise ValueError("The data must hold at least one sample: no process saw any.")
+    if before:
+        parts.append({path: before.get(path, Moments(*(np.zeros_like(f) for f in m))) for path, m in parts[0].items()})
+    moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
+    tree = as_tree(moments, asked.wanted, keep_unseen=keep_unseen)
+    warn_called_twice(found, asked.wanted)
+    return tree
+
+
+def _check_arguments(
+    batches: Any,
+    batch_size: int | None,
+    num_samples: int | None,
+    method: str,
+    memory_limit: int | None,
+    normalization_batch: str,
+    earlier: Any,
+) -> None:
     if method not in ("precise", "exact"):
         raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')
     data.check_arrays(batches, batch_size)
@@ -236,33 +283,7 @@ def population_moments(
             "Exact statistics are those of the whole set, whatever normalizes together: leave `normalization_batch` at "
             f'"global", got {normalization_batch!r}.'
         )
-    asked = request(
-        model,
-        variables,
-        call=call,
-        sample_weight=sample_weight,
-        only=only,
-        sharding=sharding,
-        normalization_batch=normalization_batch,
-        rngs=rngs,
-    )
     check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
-    found: list[Result] = []
-
-    def local() -> Any:
-        with mesh.no_mesh():
-            found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
-        return by_path(found, asked.layers)
-
-    parts = together(local) if method == "precise" else [local()]
-    if earlier is not None:
-        parts.append(stored.fill(earlier, asked.wanted, parts[0]))
-    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
-        raise ValueError("The data must hold at least one sample: no process saw any.")
-    moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
-    tree = as_tree(moments, asked.wanted, keep_unseen=keep_unseen)
-    warn_called_twice(found, asked.wanted)
-    return tree
 
 
 def _pass(

@@ -28,13 +28,15 @@ def _merge_each(*parts: list[Moments]) -> list[Moments]:
 
 def watched(asked: Request, batches: Sequence[Batch]) -> list[int]:
     """The batches to check independence by: the first one with weight that can be cut, or else two to be joined."""
-    single: list[int] = []
+    single: dict[int, int] = {}
     for batch in batches:
         if _has_weight(asked, batch):
             if batch.size > 1:
                 return [batch.number]
-            single.append(batch.number)
-    return single[:2] if len(single) > 1 else []
+            if id(batch.segments) in single:
+                return [single[id(batch.segments)], batch.number]
+            single[id(batch.segments)] = batch.number
+    return []
 
 
 def _has_weight(asked: Request, batch: Batch) -> bool:
@@ -56,9 +58,10 @@ def check_independence(asked: Request, batches: Sequence[Batch], found: Found) -
         cut = [jax.tree.map(lambda a, part=part: a[part], batch) for part in rows]
         parts = _probe(asked, cut, [_weights_of(asked, batches, part) for part in rows], found)
     else:
-        batch = jax.tree.map(lambda *a: np.concatenate(a), *(batch.fetch() for batch in batches))
+        batch = jax.tree.map(lambda *a: jnp.concatenate(a), *(batch.fetch() for batch in batches))
         whole, parts = _probe(asked, [batch], [_weights_of(asked, batches, [0])], found), _merge_each(*seen)
-    check_parts(layers, list(zip(whole, dtypes)), list(zip(parts, dtypes)))
+    variances = [moments.var for moments in found.moments]
+    check_parts(layers, list(zip(whole, dtypes)), list(zip(parts, dtypes)), variances)
 
 
 def _weights_of(asked: Request, batches: Sequence[Batch], rows: Any) -> Array | None:
@@ -79,7 +82,10 @@ def _probe(asked: Request, parts: Sequence[Any], weights: Sequence[Array | None]
         return probe.run(asked.variables, asked.rngs, parts, weights, found.statistics)
     except Exception as error:
         sizes = [data.count_samples(part) for part in parts]
-        error.add_note(f"raised for parts of {sizes} samples, which check that examples are independent")
+        error.add_note(
+            f"raised for parts of {sizes} samples, which check that examples are independent; where a model must have "
+            'whole batches, use method="precise"'
+        )
         raise
 
 

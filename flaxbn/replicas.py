@@ -67,7 +67,7 @@ def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
 def _merge(named: Any, path: stored.Path, weights: np.ndarray) -> Moments:
     mean, var = (jnp.asarray(named[(*path, field)]) for field in ("mean", "var"))
     count = jnp.asarray(weights, jnp.float32).reshape(-1, *[1] * (mean.ndim - 1))
-    wide = [jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for a in (mean, var)]
+    wide = [jnp.asarray(jnp.where(count > 0, a, 0), jnp.promote_types(a.dtype, jnp.float32)) for a in (mean, var)]
     return merge_along(Moments(jnp.broadcast_to(count, mean.shape), *wide))
 
 

@@ -113,7 +113,13 @@ def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding
 
 def _tracing_options() -> tuple[Any, ...]:
     """What decides how jax traces, besides shapes."""
-    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+    names = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_threefry_partitionable",
+        "jax_default_prng_impl",
+    )
     return tuple(getattr(jax.config, name) for name in names)
 
 

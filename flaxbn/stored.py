@@ -116,8 +116,8 @@ def as_tree(moments: Mapping[Path, Moments]) -> Any:
     return moments[()] if () in moments else unflatten_dict(dict(moments))
 
 
-def fill(moments: Any, layers: StoredLayers, like: Mapping[Path, Moments]) -> dict[Path, Moments]:
-    """A tree of moments by path: those of `layers`, which it must fit, and zeros elsewhere as in `like`."""
+def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
+    """A tree of earlier moments by path, which must be those of `layers`."""
     found = {
         dict_names(path): value for path, value in jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)[0]
     }
@@ -129,8 +129,7 @@ def fill(moments: Any, layers: StoredLayers, like: Mapping[Path, Moments]) -> di
             f"{ {layer_name(path): shape for path, shape in shapes.items()} } where "
             f"{ {layer_name(path): shape for path, shape in wanted.items()} } are estimated."
         )
-    zeros = {path: jax.tree.map(np.zeros_like, value) for path, value in like.items()}
-    return {**zeros, **found}
+    return found
 
 
 def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
