@@ -291,3 +291,53 @@ def test_variables_are_left_alone():
 def test_errors(error, message, arguments):
     with pytest.raises(error, match=message):
         flaxbn.assert_batch_independent(**{"model": MODEL, "variables": VARIABLES, "batch": X, **arguments})
+
+
+class Tower(nn.Module):
+    """Wide layers, in which some channel of two examples has next to no variance."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(512)(x)))
+        return x
+
+
+def test_rounding_in_batches_of_two_is_no_mixing():
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    variables = jax.jit(Tower().init)(jax.random.key(0), x[:2])
+    flaxbn.estimate_population_stats(Tower(), variables, x, batch_size=2, method="exact")
+
+
+class Tokens(nn.Module):
+    """A layer whose input is the same for all batches."""
+
+    @nn.compact
+    def __call__(self, x):
+        tokens = self.param("tokens", nn.initializers.normal(), (7, 4))
+        return x + nn.BatchNorm(use_running_average=True)(tokens).sum()
+
+
+def test_a_layer_that_no_data_reaches_is_no_mixing():
+    x = np.ones((6, 4), np.float32)
+    variables = Tokens().init(jax.random.key(0), x)
+    tokens = np.asarray(variables["params"]["tokens"], np.float64)
+    found = flaxbn.estimate_population_stats(Tokens(), variables, x, batch_size=3, method="exact")
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], tokens.var(0), rtol=1e-5)
+    flaxbn.assert_batch_independent(Tokens(), variables, x)
+
+
+def test_outputs_that_compare_examples_are_mixed():
+    x = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"output 0 of `call`, of shape \(7, 7\), changes"):
+        flaxbn.assert_batch_independent(model, variables, x, call=lambda m, x: m(x) @ m(x).T)
+
+
+def test_single_examples_of_different_sizes_are_not_joined():
+    batches = [np.ones((1, size, 3), np.float32) * size for size in (4, 5, 6)]
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), batches[0])
+    found = flaxbn.estimate_population_stats(model, variables, batches, method="exact")
+    np.testing.assert_allclose(found["mean"], (16 + 25 + 36) / 15, rtol=1e-6)
