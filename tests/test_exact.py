@@ -12,7 +12,7 @@ import test_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_same_statistics, by_training_mode, merged
-from test_models import MODELS, ScanBlock, initialized
+from test_models import MODELS, Loop, initialized
 
 import flaxbn
 from flaxbn.segments import Segment
@@ -388,15 +388,6 @@ def test_a_cond_on_the_step_of_a_scan_is_decided():
         x = steps[step] = x + normalized**2 if name == "even" else 2 * normalized
     x = steps[2] + 3 * steps[1]
     assert_same_statistics(found["after"], {"mean": x.mean(0), "var": x.var(0)}, EXACT)
-
-
-class Loop(nn.Module):
-    length: int
-
-    @nn.compact
-    def __call__(self, x):
-        options = {"variable_broadcast": ["params", "batch_stats"], "split_rngs": {"params": False}}
-        return nn.scan(ScanBlock, **options, length=self.length)(name="layers")(x, None)[0]
 
 
 def test_more_calls_than_are_unrolled():

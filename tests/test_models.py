@@ -84,6 +84,17 @@ class Scanned(nn.Module):
         return layers(train=train, name="layers")(x, None)[0]
 
 
+class Loop(nn.Module):
+    """One layer called several times."""
+
+    length: int
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_broadcast": ["params", "batch_stats"], "split_rngs": {"params": False}}
+        return nn.scan(ScanBlock, **options, length=self.length)(name="layers")(x, None)[0]
+
+
 class OwnLanes(nn.Module):
     """nn.vmap with statistics of each lane's own: the lanes are axis 1 of the input."""
 

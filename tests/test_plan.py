@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_models
 from jax.sharding import PartitionSpec as P
-from test_models import Block, Branches, InsideWhile, ScanBlock
+from test_models import Block, Branches, InsideWhile, Loop
 
 import flaxbn
 
@@ -233,15 +233,6 @@ class Flattened(nn.Module):
     @nn.compact
     def __call__(self, x):
         return Block(name="block")(x.reshape(-1, 6))
-
-
-class Loop(nn.Module):
-    length: int
-
-    @nn.compact
-    def __call__(self, x):
-        options = {"variable_broadcast": ["params", "batch_stats"], "split_rngs": {"params": False}}
-        return nn.scan(ScanBlock, **options, length=self.length)(name="layers")(x, None)[0]
 
 
 @pytest.mark.parametrize(
