@@ -70,13 +70,8 @@ def measure(
     if any(not -x.ndim <= axis < x.ndim for axis in axes):
         raise ValueError(f"`axes` must lie within the rank of the values: got {tuple(axes)} for shape {x.shape}.")
     sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
-    return measure_shared(x, sharing, weights=weights, fast=fast, dtype=dtype)
-
-
-def measure_shared(x: Inexact[Array, "..."], sharing: Sharing, **options: Any) -> Moments:
-    """`measure` of positions that share statistics along axes, or by domain; options as of `measure_deviations`."""
-    pivot, deviation = measure_deviations(x, sharing, **options)
-    return deviation._replace(mean=pivot + deviation.mean)
+    pivot, deviations = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
+    return deviations._replace(mean=pivot + deviations.mean)
 
 
 def measure_deviations(
@@ -154,6 +149,14 @@ def merge_along(moments: Moments, axis: int = 0) -> Moments:
 
     merged = _merge_by(total, moments)
     return Moments(*(jnp.squeeze(field, axis) for field in merged))
+
+
+def merge_deviations_along(pivots: Array, deviations: Moments) -> Moments:
+    """Merges along the leading axis what `measure_deviations` gives: nothing is lost to the rounding of large means."""
+    count = deviations.count
+    common = _pivot(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
+    merged = merge_along(deviations._replace(mean=(pivots - common) + deviations.mean))
+    return merged._replace(mean=common[0] + merged.mean)
 
 
 def merge_across(

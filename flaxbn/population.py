@@ -14,7 +14,7 @@ from flaxbn import exact, mesh, observe, precise, stored
 from flaxbn.hosts import together
 from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
-from flaxbn.readers import batch_statistics, check_values, stored_statistics
+from flaxbn.readers import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.request import Request, call_directly, check_concrete, check_model, request
 from flaxbn.results import Result, as_tree, by_path, fetched, warn_called_twice
 from flaxbn.sites import check_layers
@@ -75,7 +75,7 @@ def apply(
         if tap.site not in switched:
             return stored_statistics(tap)
         check_values(tap, tap.x.shape)
-        return batch_statistics(tap, None)
+        return batch_statistics(tap, measure_tap(tap, None))
 
     return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
 

@@ -18,6 +18,7 @@ from flaxbn.request import Request
 from flaxbn.results import Result, merge_steps
 from flaxbn.setting import Compiled, Setting, Shapes, shapes_of
 from flaxbn.sites import find_sites, sample_weights
+from flaxbn.spread import measure_spread
 from flaxbn.tap import Tap
 
 _CHUNK = 256
@@ -47,14 +48,16 @@ class Pass:
         weights = sample_weights(self.setting, batch, present)
         rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
         leaves = jax.tree.leaves((variables, batch, rngs))
-        _, records = self.sites.program.run(leaves, functools.partial(self._on_tap, weights))
+        on_tap = functools.partial(self._on_tap, data.count_samples(batch), weights)
+        _, records = self.sites.program.run(leaves, on_tap)
         return [record for record in records if record is not None]
 
-    def _on_tap(self, weights: Array | None, tap: Tap) -> tuple[Array, Array, Moments | None]:
+    def _on_tap(self, samples: int, weights: Array | None, tap: Tap) -> tuple[Array, Array, Moments | None]:
         if tap.site not in self.sites.entries:
             return stored_statistics(tap)
         self.sites.check_values(tap)
-        return batch_statistics(tap, self.sites.weights(tap, weights))
+        sharding = None if self.setting.by_device else self.setting.sharding
+        return batch_statistics(tap, measure_spread(tap, self.sites.weights(tap, weights), samples, sharding))
 
     def _spread_moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
         """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn import linen
-from flaxbn.moments import Moments, measure_shared
+from flaxbn.moments import Moments, measure_deviations
 from flaxbn.sharing import Sharing
 from flaxbn.tap import Tap
 
@@ -17,9 +17,8 @@ def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
     return tap.mean, tap.var, None
 
 
-def batch_statistics(tap: Tap, weights: Array | None) -> tuple[Array, Array, Moments]:
+def batch_statistics(tap: Tap, moments: Moments) -> tuple[Array, Array, Moments]:
     """The moments of the tap's input; where their count is 0, the layer normalizes by what is stored."""
-    moments = measure_tap(tap, weights)
     return *replace_seen(tap.mean, tap.var, moments), moments
 
 
@@ -43,22 +42,28 @@ def replace_seen(mean: Array, var: Array, moments: Moments) -> tuple[Array, Arra
 
 def measure_tap(tap: Tap, weights: Array | None) -> Moments:
     """The moments of the tap's input, by the weights of samples (of the rank of the input) and the layer's mask."""
+    pivot, deviations = measure_tap_deviations(tap, weights)
+    return deviations._replace(mean=pivot + deviations.mean)
+
+
+def measure_tap_deviations(tap: Tap, weights: Array | None) -> tuple[Array, Moments]:
+    """`measure_tap` before rounding: a pivot, and the Moments of the deviations from it."""
     if weights is None:
         weights = tap.weights
     elif tap.weights is not None:
         weights = weights * tap.weights
 
-    def measured(x: Array, weights: Array | None, domain: Array | None) -> Moments:
+    def measured(x: Array, weights: Array | None, domain: Array | None) -> tuple[Array, Moments]:
         options = {"weights": weights, "axis_name": tap.axis_name, "axis_index_groups": tap.axis_index_groups}
         if domain is None:
-            return measure_shared(x, Sharing(tap.axes), **options)
+            return measure_deviations(x, Sharing(tap.axes), **options)
         num_domains = tap.mean.shape[tap.lanes]
         if domain.ndim == 0 and tap.axis_name is not None:
             domain = jnp.broadcast_to(domain, x.shape[:1])
         if domain.ndim:
-            return measure_shared(x, Sharing(tap.axes, domain, num_domains), **options)
-        row = measure_shared(x, Sharing(tap.axes), **options)
-        return Moments(*(jnp.zeros((num_domains, *a.shape), a.dtype).at[domain].set(a, mode="drop") for a in row))
+            return measure_deviations(x, Sharing(tap.axes, domain, num_domains), **options)
+        row = measure_deviations(x, Sharing(tap.axes), **options)
+        return jax.tree.map(lambda a: jnp.zeros((num_domains, *a.shape), a.dtype).at[domain].set(a, mode="drop"), row)
 
     for _ in range(tap.lanes):
         measured = jax.vmap(measured)

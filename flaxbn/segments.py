@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flaxbn.batches import count_samples
 from flaxbn.jaxprs import as_function, as_key, is_variable, structure
 from flaxbn.moments import Moments
-from flaxbn.readers import measure_tap
 from flaxbn.setting import Setting, Shapes
 from flaxbn.sites import find_sites, sample_weights
+from flaxbn.spread import measure_spread
 from flaxbn.tap import as_tap, tap_p
 from flaxbn.unroll import unroll
 from flaxbn.work import work
@@ -34,6 +35,7 @@ class Segments:
 
     Attributes:
         sites: the flat program and the calls in it.
+        samples: how many a batch has, padding included.
         layers: the layer of each call, for messages.
         entries: for each call the numbers of the stored entries that it reads.
         inputs: the variables of a batch's leaves, and of its random keys'.
@@ -49,6 +51,7 @@ class Segments:
         self.taps = [taps[site] for site in self.sites.entries]
         self.layers = [eqn.params["layer"] for eqn in self.taps]
         variables, batch, _ = shapes.abstract()
+        self.samples = count_samples(batch)
         weights, self._batch_leaves = len(jax.tree.leaves(variables)), len(jax.tree.leaves(batch))
         self._shared = [*jaxpr.constvars, *jaxpr.invars[:weights]]
         self.inputs = jaxpr.invars[weights:]
@@ -177,7 +180,8 @@ class Segment:
         (x, *others), made = outputs[: len(self._operands)], outputs[len(self._operands) :]
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
         tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
-        moments = measure_tap(tap, self._whole.sites.weights(tap, weights))
+        weights = self._whole.sites.weights(tap, weights)
+        moments = measure_spread(tap, weights, self._whole.samples, self._whole.setting.sharding)
         return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments), made, slot + 1
 
 

@@ -248,7 +248,7 @@ def configure() -> Config:
 def main(config: Config, console: Console) -> None:
     console.print(config)
     train_split, test_split = load()
-    lines = results.begin(config.out, config.record(), resume=config.resume, overwrite=config.overwrite)
+    lines = config.begin()
     optimizer = config.optimizer(config.epochs * (TRAINING_EXAMPLES // config.batch_size))
     sizes, networks = config.named_sizes, []
     with Progress(console=console, disable=not console.is_terminal) as progress:

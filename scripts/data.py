@@ -13,7 +13,7 @@ import pathlib
 import socket
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,6 +113,20 @@ def read_idx(path: pathlib.Path, *, rank: int) -> np.ndarray:
 
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """An image classification set of TFDS, `NAME[/CONFIG][:VERSION]`, prepared here if TensorFlow and a network are."""
+    sources = open_tfds(name, data_dir)
+    if not {"train", "test"} <= sources.keys():
+        raise ValueError(f"tfds:{name} must have the splits train and test: got {sorted(sources)}. Use another set.")
+    features = sources["train"].dataset_info.features
+    if not {"image", "label"} <= set(features):
+        raise ValueError(
+            f"tfds:{name} must have the features image and label: got {sorted(features)}. Use an image classification "
+            "set."
+        )
+    return _with_validation(*(_read_source(sources[part], f"{part} of tfds:{name}") for part in ("train", "test")))
+
+
+def open_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The splits of a TFDS set, each a sequence of examples that are read when asked for."""
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise ModuleNotFoundError(
             f"--dataset tfds:{name} needs the package tensorflow-datasets, which is not installed. Install it "
@@ -130,16 +144,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Data
         )
     import tensorflow_datasets as tfds
 
-    sources = tfds.data_source(name, data_dir=root, download=False)
-    if not {"train", "test"} <= sources.keys():
-        raise ValueError(f"tfds:{name} must have the splits train and test: got {sorted(sources)}. Use another set.")
-    features = sources["train"].dataset_info.features
-    if not {"image", "label"} <= set(features):
-        raise ValueError(
-            f"tfds:{name} must have the features image and label: got {sorted(features)}. Use an image classification "
-            "set."
-        )
-    return _with_validation(*(_read_source(sources[part], f"{part} of tfds:{name}") for part in ("train", "test")))
+    return tfds.data_source(name, data_dir=root, download=False)
 
 
 def _prepared_formats(root: pathlib.Path, name: str) -> set[str]:

@@ -37,7 +37,9 @@ import domain_data
 import domain_results
 import jax
 import numpy as np
+import options
 import orbax.checkpoint as ocp
+import processes
 import results
 import training
 import tyro
@@ -82,7 +84,7 @@ Name = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Config):
+class Config(options.Distributed, training.Config):
     """Compares shared and per-domain statistics, in training and at the test, on two data sets of the same classes."""
 
     epochs: int = 15
@@ -157,36 +159,40 @@ def configure() -> Config:
 def main(config: Config, console: Console) -> None:
     console.print(config)
     names = config.datasets
-    batch_size = training.whole_batches(config.batch_size, math.lcm(len(jax.local_devices()), len(names)))
+    batch_size = training.whole_batches(config.batch_size, math.lcm(jax.device_count(), len(names)))
     if batch_size != config.batch_size:
         console.print(f"batch size {config.batch_size} -> {batch_size}, a multiple of the devices and the domains")
         config = dataclasses.replace(config, batch_size=batch_size)
-    by_example = flaxbn.data_sharding()
+    by_example = processes.by_example()
     replicated = NamedSharding(by_example.mesh, PartitionSpec())
 
-    loaded = domain_data.load(names, config.data_dir)
+    loaded = processes.on_each(lambda: domain_data.load(names, config.data_dir))
     sizes = [len(dataset.train.labels) for dataset in loaded.values()]
     if batch_size > min(sizes):
         raise ValueError(f"--batch-size must be at most {min(sizes)}, the smaller training set: got {batch_size}.")
-    lines = results.begin(config.out, config.record(), resume=config.resume, overwrite=config.overwrite)
+    lines = processes.on_first(config.begin) or []
     joined = data.Split(*map(np.concatenate, zip(*(dataset.train for dataset in loaded.values()))))
-    train = jax.device_put(joined, replicated)
+    train = processes.place(joined, replicated)
     validation, test = (
         {
             name: (
-                jax.device_put(split, replicated),
-                jax.device_put(evaluation_batches(len(split.labels), batch_size), by_example),
+                processes.place(split, replicated),
+                processes.place(evaluation_batches(len(split.labels), batch_size), by_example),
             )
             for name, split in zip(names, splits)
         }
         for splits in zip(*(dataset[1:] for dataset in loaded.values()))
     )
+    own = processes.own_rows(len(names) * min(sizes))
     population = {
-        "images": np.concatenate([dataset.train.images[: min(sizes)] for dataset in loaded.values()]),
-        "domain": np.repeat(np.arange(len(names), dtype=np.int32), min(sizes)),
+        "images": np.concatenate([dataset.train.images[: min(sizes)] for dataset in loaded.values()])[own],
+        "domain": np.repeat(np.arange(len(names), dtype=np.int32), min(sizes))[own],
     }
     estimate = functools.partial(
-        flaxbn.estimate_population_stats, call=evaluate, batch_size=batch_size, sharding=by_example
+        flaxbn.estimate_population_stats,
+        call=evaluate,
+        batch_size=batch_size // jax.process_count(),
+        sharding=flaxbn.data_sharding(),
     )
 
     num_steps = min(sizes) // batch_size * len(names)
@@ -223,8 +229,8 @@ def main(config: Config, console: Console) -> None:
                     progress.update(task, description=f"{name}, seed {seed}, epoch {epoch}/{config.epochs}")
                     start, correct = time.perf_counter(), []
                     for batch, domain in domain_batches(sizes, batch_size, mixed=variant.mixed, seed=seed, epoch=epoch):
-                        index = jax.device_put(batch, by_example)
-                        domain = jax.device_put(domain, by_example if variant.mixed else replicated)
+                        index = processes.place(batch, by_example)
+                        domain = processes.place(domain, by_example if variant.mixed else replicated)
                         state, right = train_step(
                             state,
                             train,
@@ -246,7 +252,8 @@ def main(config: Config, console: Console) -> None:
                         "seconds": time.perf_counter() - start,
                     }
                     lines.append(line)
-                    results.write_lines(config.out / "metrics.jsonl", lines)
+                    if processes.is_first():
+                        results.write_lines(config.out / "metrics.jsonl", lines)
                     checkpoints.save(epoch, args=ocp.args.StandardSave(state))
                     console.print(
                         f"{name:19} seed {seed} epoch {epoch:3} train {line['train_accuracy']:.4f} validation "
@@ -254,7 +261,8 @@ def main(config: Config, console: Console) -> None:
                         + f" {line['seconds']:6.1f} s"
                     )
 
-            start, running = time.perf_counter(), for_domains(state.variables, variant, names)
+            start, trained = time.perf_counter(), jax.device_get(state.variables)
+            running = for_domains(trained, variant, names)
             statistics = {"running": running["batch_stats"]}
             if not variant.domain_affine:
                 template = flaxbn.domains.select(
@@ -264,6 +272,7 @@ def main(config: Config, console: Console) -> None:
                 statistics["shared"] = for_each(together, names)
             statistics["domain"] = estimate(tested, running, population)
             first, second = flaxbn.domains.unstack(statistics["domain"], names).values()
+            statistics = processes.place(statistics, replicated)
             tests.append(
                 {
                     "variant": name,
@@ -280,18 +289,17 @@ def main(config: Config, console: Console) -> None:
             if name == WEIGHTED:
                 estimates = weighting.estimates(
                     plain,
-                    state.variables,
+                    trained,
                     loaded[names[0]].train,
                     imbalance=config.imbalance,
                     num_samples=config.weighting_samples,
                     seed=seed,
-                    sharding=by_example,
                 )
                 weightings.append(
                     {
                         kind: {
                             "test_accuracy": accuracy(
-                                flaxbn.domains.select(state.variables, estimates, kind), *test[names[0]], model=plain
+                                flaxbn.domains.select(trained, estimates, kind), *test[names[0]], model=plain
                             ),
                             "layers": domain_results.distances(estimates[kind], estimates["balanced"]),
                         }
@@ -299,6 +307,8 @@ def main(config: Config, console: Console) -> None:
                     }
                 )
 
+    if not processes.is_first():
+        return
     summary = domain_results.summarize(lines, tests)
     top = {"configuration": config.record(), "versions": results.versions(), "variants": summary}
     if weightings:
@@ -312,5 +322,4 @@ def main(config: Config, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    training.use_cores_as_devices()
-    main(configure(), Console())
+    processes.start(main, configure())

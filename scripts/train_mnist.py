@@ -27,7 +27,9 @@ import data
 import flax.linen as nn
 import jax
 import numpy as np
+import options
 import orbax.checkpoint as ocp
+import processes
 import results
 import training
 import tyro
@@ -61,7 +63,7 @@ MODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Config):
+class Config(options.Distributed, training.Config):
     """Compares four ways to use batch normalization on a small image classification set."""
 
     preset: Literal["default", "article"] = "default"
@@ -133,25 +135,25 @@ def configure() -> Config:
 
 def main(config: Config, console: Console) -> None:
     console.print(config)
-    devices = jax.local_devices()
+    devices = jax.devices()
     batch_size = training.whole_batches(config.batch_size, len(devices))
     if batch_size != config.batch_size:
         console.print(f"batch size {config.batch_size} -> {batch_size}, a multiple of the {len(devices)} devices")
         config = dataclasses.replace(config, batch_size=batch_size)
-    by_example = flaxbn.data_sharding()
+    by_example = processes.by_example()
     replicated = NamedSharding(by_example.mesh, PartitionSpec())
 
-    loaded = data.load(config.dataset, config.data_dir)
+    loaded = processes.on_each(lambda: data.load(config.dataset, config.data_dir))
     size = len(loaded.train.labels)
     for name, limit in (("batch_size", size), ("estimate_samples", size)):
         if (value := getattr(config, name)) is not None and value > limit:
             raise ValueError(
                 f"{results.flag(name)} must be at most {size}, the training examples of {config.dataset}: got {value}."
             )
-    lines = results.begin(config.out, config.record(), resume=config.resume, overwrite=config.overwrite)
-    train, validation, test = jax.device_put(loaded, replicated)
+    lines = processes.on_first(config.begin) or []
+    train, validation, test = processes.place(loaded, replicated)
     validation_batches, test_batches = (
-        jax.device_put(evaluation_batches(len(split.labels), batch_size), by_example) for split in (validation, test)
+        processes.place(evaluation_batches(len(split.labels), batch_size), by_example) for split in (validation, test)
     )
 
     num_steps = size // batch_size
@@ -177,7 +179,7 @@ def main(config: Config, console: Console) -> None:
                     progress.update(task, description=f"{name}, seed {seed}, epoch {epoch}/{config.epochs}")
                     start, correct = time.perf_counter(), []
                     for batch in training_batches(size, batch_size, seed=seed, epoch=epoch):
-                        index = jax.device_put(batch, by_example)
+                        index = processes.place(batch, by_example)
                         state, right = train_step(
                             state, train, index, model=model, optimizer=optimizer, update=mode.update
                         )
@@ -194,7 +196,8 @@ def main(config: Config, console: Console) -> None:
                         "seconds": time.perf_counter() - start,
                     }
                     lines.append(line)
-                    results.write_lines(config.out / "metrics.jsonl", lines)
+                    if processes.is_first():
+                        results.write_lines(config.out / "metrics.jsonl", lines)
                     checkpoints.save(epoch, args=ocp.args.StandardSave(state))
                     console.print(
                         f"{name:11} seed {seed} epoch {epoch:3} train {line['train_accuracy']:.4f} "
@@ -205,21 +208,23 @@ def main(config: Config, console: Console) -> None:
             if mode.estimate:
                 batch_stats = flaxbn.estimate_population_stats(
                     model,
-                    variables,
-                    train.images,
-                    batch_size=batch_size,
-                    num_samples=config.estimate_samples,
-                    sharding=by_example,
+                    jax.device_get(variables),
+                    loaded.train.images[processes.own_rows(size, config.estimate_samples)],
+                    batch_size=batch_size // jax.process_count(),
+                    sharding=flaxbn.data_sharding(),
                 )
-                variables = {**variables, "batch_stats": batch_stats}
+                variables = {**variables, "batch_stats": processes.place(batch_stats, replicated)}
             test_accuracy = accuracy(variables, test, test_batches, model=model, statistics="running")
             seconds = time.perf_counter() - start
-            independence = batch_independence(variables, test.images[:INDEPENDENCE_EXAMPLES], model=model)
+            some = loaded.test.images[:INDEPENDENCE_EXAMPLES]
+            independence = batch_independence(jax.device_get(variables), some, model=model)
             tests.append(
                 {"mode": name, "test_accuracy": test_accuracy, "seconds": seconds, "batch_independence": independence}
             )
             training.save_model(folder / "model", variables)
 
+    if not processes.is_first():
+        return
     summary = results.summarize(lines, tests)
     top = {"configuration": config.record(), "versions": results.versions(), "modes": summary}
     results.write_json(config.out / "summary.json", top)
@@ -234,5 +239,4 @@ def main(config: Config, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    training.use_cores_as_devices()
-    main(configure(), Console())
+    processes.start(main, configure())

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,58 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import options
 import orbax.checkpoint as ocp
-import results
 
 import flaxbn
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(options.Run):
     """The options of every training."""
 
     epochs: int = 20
     """Passes over the training set."""
     batch_size: int = 64
-    """Examples in a step, over all devices; rounded up to a multiple of their number."""
+    """Examples in a step, over all devices of all processes; rounded up to a multiple of their number."""
     learning_rate: float = 3e-3
     """Of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate goes on: down to zero, or as it began."""
     seeds: int = 1
     """Repetitions with other initial weights and another order, 0 to N - 1; means and spreads are reported."""
-    out: pathlib.Path = pathlib.Path("runs/digits")
-    """The folder of the results."""
-    resume: bool = False
-    """Continue the run in --out from its last complete epoch; begin one where there is none."""
-    overwrite: bool = False
-    """Replace the run in --out."""
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later."""
+        super().__post_init__()
         for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1)):
             self.check_at_least(name, least)
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning-rate must be positive and finite: got {self.learning_rate}.")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run and --overwrite replaces it: got both. Leave one out.")
-
-    def check_at_least(self, name: str, least: int) -> None:
-        if not (value := getattr(self, name)) >= least:
-            raise ValueError(f"{results.flag(name)} must be at least {least}: got {value}.")
-
-    def check_names(self, name: str, known: dict[str, Any]) -> None:
-        value = getattr(self, name)
-        if not value or len(set(value)) < len(value):
-            raise ValueError(
-                f"{results.flag(name)} must name at least one {name.removesuffix('s')}, each once: got {value}. There "
-                f"are {[*known]}."
-            )
-
-    def record(self) -> dict[str, Any]:
-        """What decides the outcome, as JSON gives it back."""
-        fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {name: fields[name] for name in fields if name not in ("out", "resume", "overwrite")}
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         rate = self.learning_rate
@@ -190,16 +164,14 @@ def save_model(folder: pathlib.Path, variables: dict[str, Any]) -> None:
             checkpointer.save(folder, variables)
 
 
+def load_variables(folder: pathlib.Path) -> dict[str, Any]:
+    """What `save_model` saved, as numpy arrays, on whatever devices it was."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
 def whole_batches(batch_size: int, parts: int) -> int:
     """`batch_size`, rounded up to a multiple of `parts`."""
     return -(-batch_size // parts) * parts
-
-
-def use_cores_as_devices() -> None:
-    """Makes every CPU core a device, unless the environment says how many devices there are."""
-    cores = os.cpu_count() or 1
-    # XLA's CPU thread pool has $NPROC threads, by default one for each core. A thread that waits in an all-reduce does
-    # nothing else, and a gradient is many independent all-reduces: soon all threads wait, for ever.
-    os.environ["NPROC"] = str(16 * cores)
-    if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", cores)

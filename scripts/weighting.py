@@ -6,7 +6,7 @@ import data
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+import processes
 from training import evaluate
 
 import flaxbn
@@ -29,9 +29,11 @@ def estimates(
     imbalance: float,
     num_samples: int,
     seed: int,
-    sharding: NamedSharding,
 ) -> dict[str, Any]:
-    """The population statistics of all of `split` (balanced), and those from a sample of it drawn with replacement."""
+    """The population statistics of all of `split` (balanced), and those from a sample of it drawn with replacement.
+
+    Each process reads its part of them.
+    """
     probability = sampling_probability(split.labels, imbalance)
     drawn = np.random.default_rng(seed).choice(len(probability), num_samples, p=probability)
     weights = 1 / (len(probability) * probability[drawn])
@@ -40,11 +42,11 @@ def estimates(
         kind: flaxbn.estimate_population_stats(
             model,
             variables,
-            batches,
+            jax.tree.map(lambda a: a[processes.own_rows(len(a))], batches),
             call=evaluate,
-            batch_size=BATCH_SIZE,
+            batch_size=max(BATCH_SIZE // jax.process_count(), 2),
             sample_weight=sample_weight,
-            sharding=sharding,
+            sharding=flaxbn.data_sharding(),
         )
         for kind, batches, sample_weight in (
             ("balanced", {"images": split.images}, None),

@@ -117,7 +117,7 @@ class TestRun:
 
 
 def begin(out, config):
-    return results.begin(out, config.record(), resume=config.resume, overwrite=config.overwrite)
+    return dataclasses.replace(config, out=out).begin()
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):

@@ -1,0 +1,181 @@
+"""Estimates the population statistics of a trained model on a set that does not fit in memory.
+
+The images of a set of TensorFlow Datasets, prepared as array_record, are read by grain: in parallel, in random order,
+cut to a square and resized. The model is one that train_mnist.py saved; replace `load_model` by your own. After each
+part of the set the moments of all parts so far are saved, and --resume goes on from there. Under several processes each
+reads images of its own.
+
+    python scripts/estimate_large.py --model runs/mnist/checkpoints/population/seed0/model --data-dir DIR
+    python scripts/estimate_large.py --model MODEL --dataset imagenet2012 --image-size 224 --part 100000 --workers 8
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import data
+import grain
+import jax
+import numpy as np
+import options
+import orbax.checkpoint as ocp
+import processes
+import results
+import training
+import tyro
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+import flaxbn
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(options.Distributed):
+    """Estimates population statistics on a large set of TensorFlow Datasets."""
+
+    model: pathlib.Path = pathlib.Path("runs/digits/checkpoints/population/seed0/model")
+    """The folder of a model that train_mnist.py saved."""
+    out: pathlib.Path = pathlib.Path("runs/estimate")
+    dataset: str = "mnist"
+    """The name of a set of TensorFlow Datasets that is prepared as array_record and has images."""
+    data_dir: pathlib.Path | None = None
+    """The data directory of TFDS."""
+    split: str = "train"
+    """The split of the set to read."""
+    image_size: int = 28
+    """Height and width to which images are brought, in pixels."""
+    batch_size: int = 256
+    """Images in a batch of one process; rounded up to a multiple of its devices."""
+    samples: int | None = None
+    """How many images to use, drawn at random; all by default."""
+    part: int = 20_000
+    """Images after which the moments are saved; rounded up to full batches of all processes."""
+    workers: int = 0
+    """Processes that read and decode for each process; 0: its own threads."""
+    seed: int = 0
+    """Decides the order of the images."""
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        super().__post_init__()
+        for name, least in (("image_size", 1), ("batch_size", 2), ("part", 1), ("workers", 0)):
+            self.check_at_least(name, least)
+        if self.samples is not None:
+            self.check_at_least("samples", 2)
+
+
+def load_model(folder: pathlib.Path) -> tuple[training.CNN, dict[str, Any]]:
+    """The network of train_mnist.py, and its variables as numpy arrays."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--model must be the folder of a saved model: got {folder}. scripts/train_mnist.py saves one in "
+            "OUT/checkpoints/MODE/seedN/model."
+        )
+    variables = training.load_variables(folder)
+    if "batch_stats" not in variables:
+        raise ValueError(f"--model must have batch normalization: {folder} has {sorted(variables)}. Use another mode.")
+    return training.CNN(len(variables["params"]["Dense_0"]["bias"]), flaxbn.BatchNorm), variables
+
+
+def prepared(example: dict[str, Any], *, size: int, channels: int) -> np.ndarray:
+    """The middle square of an image, [size, size, channels]."""
+    image = example["image"]
+    height, width, found = image.shape
+    if found not in (1, channels):
+        raise ValueError(f"The model takes images of {channels} channels: got one of shape {image.shape}.")
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
+    if side != size:
+        picture = Image.fromarray(image[..., 0] if found == 1 else image)
+        image = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, found)
+    return np.broadcast_to(image, (size, size, channels))
+
+
+def batches(images: grain.MapDataset, config: Config, part: range) -> Iterator[np.ndarray]:
+    """This process's images of a part, in batches."""
+    own = images[part.start + jax.process_index() : part.stop : jax.process_count()]
+    read = own.batch(config.batch_size, drop_remainder=False).to_iter_dataset()
+    if config.workers:
+        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+    return iter(read)
+
+
+def moments_like(batch_stats: Any) -> Any:
+    """A tree like that of the moments, to restore them into."""
+    return jax.tree.map(
+        lambda layer: flaxbn.Moments(layer["mean"], layer["mean"], layer["var"]),
+        batch_stats,
+        is_leaf=lambda tree: "mean" in tree,
+    )
+
+
+def main(config: Config, console: Console) -> None:
+    console.print(config)
+    batch_size = training.whole_batches(config.batch_size, jax.local_device_count())
+    part_size = training.whole_batches(config.part, batch_size * jax.process_count())
+    config = dataclasses.replace(config, batch_size=batch_size, part=part_size)
+    model, variables = processes.on_each(lambda: load_model(config.model))
+    sources = processes.on_each(lambda: data.open_tfds(config.dataset, config.data_dir))
+    if config.split not in sources:
+        raise ValueError(f"--split must be one of {sorted(sources)}: got {config.split}.")
+    channels = variables["params"]["Conv_0"]["kernel"].shape[2]
+    images = (
+        grain.MapDataset.source(sources[config.split])
+        .shuffle(seed=config.seed)
+        .map(functools.partial(prepared, size=config.image_size, channels=channels))
+    )
+    size = config.samples or len(images)
+    if size > len(images):
+        raise ValueError(f"--samples must be at most {len(images)}, the images of {config.dataset}: got {size}.")
+    lines = processes.on_first(config.begin) or []
+    replicated = NamedSharding(processes.by_example().mesh, PartitionSpec())
+    moments, start = None, time.perf_counter()
+    with (
+        training.checkpoint_manager((config.out / "moments").absolute()) as checkpoints,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
+        like = processes.place(moments_like(variables["batch_stats"]), replicated)
+        restored, done = training.restore(checkpoints, like)
+        if done:
+            moments = jax.device_get(restored)
+        lines = [line for line in lines if line["images"] <= done]
+        task = progress.add_task("images", total=size, completed=done)
+        for first in range(done, size, config.part):
+            part = range(first, min(first + config.part, size))
+            moments = flaxbn.population_moments(
+                model,
+                variables,
+                progress_of(batches(images, config, part), progress, task),
+                sharding=flaxbn.data_sharding(),
+                earlier=moments,
+            )
+            checkpoints.save(part.stop, args=ocp.args.StandardSave(processes.place(moments, replicated)))
+            lines.append({"images": part.stop, "seconds": time.perf_counter() - start})
+            if processes.is_first():
+                results.write_lines(config.out / "metrics.jsonl", lines)
+            console.print(f"{part.stop:10} images {lines[-1]['seconds']:8.1f} s")
+    batch_stats = flaxbn.to_batch_stats(moments, variables["batch_stats"])
+    training.save_model(
+        (config.out / "model").absolute(), processes.place({**variables, "batch_stats": batch_stats}, replicated)
+    )
+    if processes.is_first():
+        top = {"configuration": config.record(), "versions": results.versions(), "images": size}
+        results.write_json(config.out / "summary.json", top)
+
+
+def progress_of(read: Iterator[np.ndarray], progress: Progress, task: Any) -> Iterator[np.ndarray]:
+    for batch in read:
+        progress.advance(task, len(batch) * jax.process_count())
+        yield batch
+
+
+if __name__ == "__main__":
+    flags.FLAGS([__file__])  # grain's workers read them
+    processes.start(main, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,91 @@
+"""Several processes that train together, on one machine or on many: how they meet, and what each of them holds."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+AUTO = "auto"
+HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 60
+"""Seconds until jax ends a process that misses another; and that processes wait for each other at the end."""
+
+
+def start(main: Callable[[Any, Console], None], config: Any) -> None:
+    """Runs `main` on all devices of all processes; only the first one speaks."""
+    use_cores_as_devices()
+    meet(config.coordinator, config.num_processes, config.process_id)
+    main(config, Console(quiet=not is_first()))
+
+
+def use_cores_as_devices() -> None:
+    """Makes every CPU core a device, unless the environment says how many devices there are."""
+    cores = os.cpu_count() or 1
+    # XLA's CPU thread pool has $NPROC threads, by default one for each core. A thread that waits in an all-reduce does
+    # nothing else, and a gradient is many independent all-reduces: soon all threads wait, for ever.
+    os.environ["NPROC"] = str(16 * cores)
+    if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def meet(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects the processes, before jax looks for devices; alone, where there is no coordinator."""
+    if coordinator is None:
+        return
+    address = None if coordinator == AUTO else coordinator
+    jax.distributed.initialize(
+        address,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+    )
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and reports."""
+    return jax.process_index() == 0
+
+
+def on_each(task: Callable[[], Any]) -> Any:
+    """What `task` returns here. Where it fails on one process it is raised there, and the others end, too."""
+    error = None
+    try:
+        value = task()
+    except Exception as raised:  # it is told to the others, then raised
+        error = raised
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+    if error is not None:
+        raise error
+    if failed.size:
+        raise RuntimeError(f"Process {failed.tolist()} of {jax.process_count()} failed: its own output says why.")
+    return value
+
+
+def on_first(task: Callable[[], Any]) -> Any:
+    """What `task` returns on the first process, None on the others, which wait for it and fail with it."""
+    return on_each(task if is_first() else lambda: None)
+
+
+def by_example() -> NamedSharding:
+    """Batches split along their leading axis over the devices of all processes."""
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process knows in whole; each of its devices is given the part that `sharding` says."""
+
+    def put(leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def own_rows(size: int, samples: int | None = None) -> np.ndarray:
+    """The part of this process of `samples` rows, which are evenly spaced over `size` rows; by default of them all."""
+    rows = np.arange(size if samples is None else samples)
+    return (rows * size // len(rows))[jax.process_index() :: jax.process_count()]
