@@ -36,7 +36,7 @@ def measure_spread(tap: Tap, weights: Array | None, samples: int, sharding: Name
     given = cut(tap.x, axis), cut(weights, axis), cut(tap.weights, axis), cut(tap.domain, axis)
     in_axes = tuple(None if part is value else 0 for part, value in zip(given, whole))
 
-    def measured(x: Array, weights: Any, mask: Any, domain: Any) -> Array:
+    def measured(x: Any, weights: Any, mask: Any, domain: Any) -> Array:
         pivot, deviations = measure_tap_deviations(tap._replace(x=x, weights=mask, domain=domain), weights)
         return jnp.stack((pivot, *deviations))
 
