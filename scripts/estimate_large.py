@@ -11,6 +11,8 @@ reads images of its own.
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -98,13 +100,21 @@ def prepared(example: dict[str, Any], *, size: int, channels: int) -> np.ndarray
     return np.broadcast_to(image, (size, size, channels))
 
 
-def batches(images: grain.MapDataset, config: Config, part: range) -> Iterator[np.ndarray]:
-    """This process's images of a part, in batches."""
-    own = images[part.start + jax.process_index() : part.stop : jax.process_count()]
-    read = own.batch(config.batch_size, drop_remainder=False).to_iter_dataset()
-    if config.workers:
-        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+def batches(images: grain.MapDataset, batch_size: int, workers: int) -> Iterator[np.ndarray]:
+    """This process's part of the images."""
+    own = images[jax.process_index() :: jax.process_count()]
+    read = own.batch(batch_size, drop_remainder=False).to_iter_dataset()
+    if workers:
+        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(read)
+
+
+def fingerprint(variables: dict[str, Any]) -> str:
+    """Tells weights apart."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def moments_like(batch_stats: Any) -> Any:
@@ -119,8 +129,7 @@ def moments_like(batch_stats: Any) -> Any:
 def main(config: Config, console: Console) -> None:
     console.print(config)
     batch_size = training.whole_batches(config.batch_size, jax.local_device_count())
-    part_size = training.whole_batches(config.part, batch_size * jax.process_count())
-    config = dataclasses.replace(config, batch_size=batch_size, part=part_size)
+    part = training.whole_batches(config.part, batch_size * jax.process_count())
     model, variables = processes.on_each(lambda: load_model(config.model))
     sources = processes.on_each(lambda: data.open_tfds(config.dataset, config.data_dir))
     if config.split not in sources:
@@ -134,11 +143,11 @@ def main(config: Config, console: Console) -> None:
     size = config.samples or len(images)
     if size > len(images):
         raise ValueError(f"--samples must be at most {len(images)}, the images of {config.dataset}: got {size}.")
-    lines = processes.on_first(config.begin) or []
+    lines = processes.begin(config, weights=fingerprint(variables))
     replicated = NamedSharding(processes.by_example().mesh, PartitionSpec())
-    moments, start = None, time.perf_counter()
+    folder, moments, start = (config.out / "checkpoints").absolute(), None, time.perf_counter()
     with (
-        training.checkpoint_manager((config.out / "moments").absolute()) as checkpoints,
+        training.checkpoint_manager(folder / "moments") as checkpoints,
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         like = processes.place(moments_like(variables["batch_stats"]), replicated)
@@ -146,25 +155,25 @@ def main(config: Config, console: Console) -> None:
         if done:
             moments = jax.device_get(restored)
         lines = [line for line in lines if line["images"] <= done]
+        before = lines[-1]["seconds"] if lines else 0
         task = progress.add_task("images", total=size, completed=done)
-        for first in range(done, size, config.part):
-            part = range(first, min(first + config.part, size))
+        read = progress_of(batches(images[done:size], batch_size, config.workers), progress, task)
+        while done < size:
             moments = flaxbn.population_moments(
                 model,
                 variables,
-                progress_of(batches(images, config, part), progress, task),
+                itertools.islice(read, part // (batch_size * jax.process_count())),
                 sharding=flaxbn.data_sharding(),
                 earlier=moments,
             )
-            checkpoints.save(part.stop, args=ocp.args.StandardSave(processes.place(moments, replicated)))
-            lines.append({"images": part.stop, "seconds": time.perf_counter() - start})
+            done = min(done + part, size)
+            checkpoints.save(done, args=ocp.args.StandardSave(processes.place(moments, replicated)))
+            lines.append({"images": done, "seconds": before + time.perf_counter() - start})
             if processes.is_first():
                 results.write_lines(config.out / "metrics.jsonl", lines)
-            console.print(f"{part.stop:10} images {lines[-1]['seconds']:8.1f} s")
+            console.print(f"{done:10} images {lines[-1]['seconds']:8.1f} s")
     batch_stats = flaxbn.to_batch_stats(moments, variables["batch_stats"])
-    training.save_model(
-        (config.out / "model").absolute(), processes.place({**variables, "batch_stats": batch_stats}, replicated)
-    )
+    training.save_model(folder / "model", processes.place({**variables, "batch_stats": batch_stats}, replicated))
     if processes.is_first():
         top = {"configuration": config.record(), "versions": results.versions(), "images": size}
         results.write_json(config.out / "summary.json", top)

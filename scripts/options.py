@@ -5,9 +5,9 @@ import json
 import pathlib
 from typing import Any
 
-import processes
 import results
 
+AUTO = "auto"
 UNRECORDED = ("out", "resume", "overwrite", "coordinator", "num_processes", "process_id")
 
 
@@ -44,9 +44,12 @@ class Run:
         fields = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {name: fields[name] for name in fields if name not in UNRECORDED}
 
-    def begin(self) -> list[dict[str, Any]]:
-        """Makes the folder of the run ready, and returns the metrics that are there already."""
-        return results.begin(self.out, self.record(), resume=self.resume, overwrite=self.overwrite)
+    def begin(self, **content: Any) -> list[dict[str, Any]]:
+        """Makes the folder of the run ready, and returns the metrics that are there already.
+
+        `content` is recorded as options are: a run with another one is not resumed.
+        """
+        return results.begin(self.out, self.record() | content, resume=self.resume, overwrite=self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,9 @@ class Distributed(Run):
         """Refuses what could only fail later."""
         super().__post_init__()
         given = self.coordinator, self.num_processes, self.process_id
-        if given in ((None, None, None), (processes.AUTO, None, None)):
+        if given in ((None, None, None), (AUTO, None, None)):
             return
-        if None in given or self.coordinator == processes.AUTO:
+        if None in given or self.coordinator == AUTO:
             raise ValueError(
                 "--coordinator HOST:PORT, --num-processes and --process-id go together: got {}, {} and {}. Give all "
                 "three, none, or only --coordinator auto.".format(*given)

@@ -1,24 +1,27 @@
 """Several processes that train together, on one machine or on many: how they meet, and what each of them holds."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import options
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-AUTO = "auto"
 HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 60
 """Seconds until jax ends a process that misses another; and that processes wait for each other at the end."""
 
 
-def start(main: Callable[[Any, Console], None], config: Any) -> None:
+def start(main: Callable[[Any, Console], None], config: options.Distributed) -> None:
     """Runs `main` on all devices of all processes; only the first one speaks."""
     use_cores_as_devices()
     meet(config.coordinator, config.num_processes, config.process_id)
+    check_alike(config)
     main(config, Console(quiet=not is_first()))
 
 
@@ -36,7 +39,7 @@ def meet(coordinator: str | None, num_processes: int | None, process_id: int | N
     """Connects the processes, before jax looks for devices; alone, where there is no coordinator."""
     if coordinator is None:
         return
-    address = None if coordinator == AUTO else coordinator
+    address = None if coordinator == options.AUTO else coordinator
     jax.distributed.initialize(
         address,
         num_processes,
@@ -46,13 +49,45 @@ def meet(coordinator: str | None, num_processes: int | None, process_id: int | N
     )
 
 
+def check_alike(config: options.Distributed) -> None:
+    """Processes that differ in what decides the outcome would train together all the same."""
+    places = ("data_dir", "model")  # may differ from machine to machine
+    alike = {name: value for name, value in config.record().items() if name not in places}
+    different = differing(json.dumps([alike, jax.local_device_count()]).encode())
+    if different:
+        raise ValueError(
+            "All processes must be given the same options, and the same number of devices: process "
+            f"{different} of {jax.process_count()} differs from process 0. Only --process-id and folders of data may."
+        )
+
+
+def differing(content: bytes) -> list[int]:
+    """The processes whose content is not that of the first one. All must call it."""
+    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest).reshape(-1, len(digest))
+    return np.flatnonzero((digests != digests[0]).any(1)).tolist()
+
+
+def begin(config: options.Distributed, **content: Any) -> list[dict[str, Any]]:
+    """Makes the folder of a run ready; on the first process the metrics that are there already, none on the others."""
+    lines = on_first(lambda: config.begin(**content))
+    record = config.out / "config.json"
+    unseen = differing(record.read_bytes() if record.exists() else b"")
+    if unseen:
+        raise ValueError(
+            f"--out must be a folder that all processes see: process {unseen} of {jax.process_count()} does not find "
+            f"in {config.out} what process 0 wrote there. Name a folder on a file system that they share."
+        )
+    return lines or []
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and reports."""
     return jax.process_index() == 0
 
 
 def on_each(task: Callable[[], Any]) -> Any:
-    """What `task` returns here. Where it fails on one process it is raised there, and the others end, too."""
+    """What `task`, which must not communicate, returns here. Where it fails it is raised, and the others end, too."""
     error = None
     try:
         value = task()

@@ -125,11 +125,11 @@ def _summarize_mode(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) ->
     }
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | int]:
     """The versions of Python and of the packages that decide the numbers, and the devices."""
     found = {name: _version(name) for name in PACKAGES}
-    devices = jax.local_devices()
-    return {"python": platform.python_version(), **found, "devices": f"{len(devices)} x {devices[0].device_kind}"}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"python": platform.python_version(), **found, "devices": devices, "processes": jax.process_count()}
 
 
 def _version(package: str) -> str:

@@ -170,7 +170,7 @@ def main(config: Config, console: Console) -> None:
     sizes = [len(dataset.train.labels) for dataset in loaded.values()]
     if batch_size > min(sizes):
         raise ValueError(f"--batch-size must be at most {min(sizes)}, the smaller training set: got {batch_size}.")
-    lines = processes.on_first(config.begin) or []
+    lines = processes.begin(config)
     joined = data.Split(*map(np.concatenate, zip(*(dataset.train for dataset in loaded.values()))))
     train = processes.place(joined, replicated)
     validation, test = (

@@ -150,7 +150,7 @@ def main(config: Config, console: Console) -> None:
             raise ValueError(
                 f"{results.flag(name)} must be at most {size}, the training examples of {config.dataset}: got {value}."
             )
-    lines = processes.on_first(config.begin) or []
+    lines = processes.begin(config)
     train, validation, test = processes.place(loaded, replicated)
     validation_batches, test_batches = (
         processes.place(evaluation_batches(len(split.labels), batch_size), by_example) for split in (validation, test)

@@ -165,8 +165,12 @@ def save_model(folder: pathlib.Path, variables: dict[str, Any]) -> None:
 
 
 def load_variables(folder: pathlib.Path) -> dict[str, Any]:
-    """What `save_model` saved, as numpy arrays, on whatever devices it was."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    """What `save_model` saved, as numpy arrays, on whatever devices it was; each process reads by itself."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -151,15 +152,29 @@ class TestTrainMnist:
         assert "Process [0] of 2 failed: its own output says why" in other_errors
         assert time.monotonic() - begun < ENDED
 
-    def test_an_error_of_another_process_ends_the_first(self, tmp_path):
-        own = (), ("--dataset", "mnist", "--data-dir", tmp_path / "nowhere")
+    def test_an_error_of_another_process_ends_the_first(self, tmp_path, data_dir):
+        own = ("--data-dir", data_dir / "mnist"), ("--data-dir", tmp_path / "nowhere")
         (code, _, errors), (other_code, _, other_errors) = finish(
-            start_two("train_mnist.py", tmp_path / "out", *self.OPTIONS, own=own)
+            start_two("train_mnist.py", tmp_path / "out", *self.OPTIONS, "--dataset", "mnist", own=own)
         )
         assert 0 not in (code, other_code)
         assert "Process [1] of 2 failed" in errors
         assert "--data-dir must be a folder that holds train-images" in other_errors
         assert not (tmp_path / "out").exists()
+
+    def test_processes_with_other_options_do_not_train_together(self, tmp_path):
+        own = ("--learning-rate", "0.1"), ("--learning-rate", "0.01")
+        ended = finish(start_two("train_mnist.py", tmp_path / "out", *self.OPTIONS, own=own))
+        for code, _, errors in ended:
+            assert code != 0
+            assert "must be given the same options, and the same number of devices: process [1] of 2 differs" in errors
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_the_other_does_not_see(self, tmp_path):
+        own = ("--out", tmp_path / "here"), ("--out", tmp_path / "there")
+        for code, _, errors in finish(start_two("train_mnist.py", tmp_path / "out", *self.OPTIONS, own=own)):
+            assert code != 0
+            assert "--out must be a folder that all processes see: process [1] of 2 does not find" in errors
 
 
 def test_train_domains(tmp_path):
@@ -223,13 +238,15 @@ class TestEstimateLarge:
         ]
         network, variables = estimate_large.load_model(saved)
         expected = flaxbn.estimate_population_stats(network, variables, batches)
-        found = training.load_variables(run / "one" / "model")
+        found = training.load_variables(run / "one" / "checkpoints" / "model")
         assert_same_statistics(found["batch_stats"], jax.device_get(expected), SAME)
         jax.tree.map(np.testing.assert_array_equal, found["params"], variables["params"])
 
     def test_two_processes_read_the_same_images(self, run):
         """In other batches: the same only before the first normalization."""
-        one, two = (training.load_variables(run / out / "model")["batch_stats"] for out in ("one", "two"))
+        one, two = (
+            training.load_variables(run / out / "checkpoints" / "model")["batch_stats"] for out in ("one", "two")
+        )
         assert_same_statistics({"first": two["BatchNorm_0"]}, {"first": one["BatchNorm_0"]}, SAME)
         assert_same_statistics(two, one, 0.1)
 
@@ -249,10 +266,41 @@ class TestEstimateLarge:
         assert " 100 images" not in output
         jax.tree.map(
             np.testing.assert_array_equal,
-            training.load_variables(killed / "model"),
-            training.load_variables(tmp_path / "whole" / "model"),
+            training.load_variables(killed / "checkpoints" / "model"),
+            training.load_variables(tmp_path / "whole" / "checkpoints" / "model"),
         )
-        assert [line["images"] for line in results.read_lines(killed / "metrics.jsonl")] == [*range(100, 1001, 100)]
+        lines = results.read_lines(killed / "metrics.jsonl")
+        assert [line["images"] for line in lines] == [*range(100, 1001, 100)]
+        assert np.all(np.diff([line["seconds"] for line in lines]) > 0)
+
+    def test_other_weights_are_not_mixed_with_earlier_ones(self, run, given, saved, tmp_path):
+        """Where the model at the same place is another one, and where it is to be replaced."""
+        out, other = tmp_path / "out", tmp_path / "model"
+        shutil.copytree(run / "one", out)
+        variables = training.load_variables(saved)
+        variables["params"]["Conv_0"]["kernel"] = 2 * variables["params"]["Conv_0"]["kernel"]
+        training.save_model(other, variables)
+        given = (*given[:1], other, *given[2:])
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {"model": str(other)}))
+        code, _, errors = finish([start("estimate_large.py", out, *given, "--resume", devices=2)])[0]
+        assert code != 0
+        assert "--resume continues a run with the configuration it began with" in errors
+        assert "--weights was" in errors
+        workers = ("--workers", 1)
+        code, _, errors = finish([start("estimate_large.py", out, *given, *workers, "--overwrite", devices=2)])[0]
+        assert code == 0, errors
+        first, second = (training.load_variables(folder / "checkpoints" / "model") for folder in (run / "one", out))
+        jax.tree.map(np.testing.assert_array_equal, second["params"], variables["params"])
+        found, before = (model["batch_stats"]["BatchNorm_0"] for model in (second, first))
+        np.testing.assert_allclose(found["var"], 4 * before["var"], rtol=SAME)
+
+    def test_a_model_that_one_process_does_not_find(self, given, saved, tmp_path):
+        own = ("--model", saved), ("--model", tmp_path / "gone")
+        ended = finish(start_two("estimate_large.py", tmp_path / "out", *given[2:], own=own))
+        assert 0 not in [code for code, _, _ in ended]
+        assert "Process [1] of 2 failed: its own output says why" in ended[0][2]
+        assert "--model must be the folder of a saved model" in ended[1][2]
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,19 @@ def test_samples_and_time_in_one_axis(sharding):
     assert exchanges == 1
 
 
-def test_the_wrong_axis_gives_the_same(sharding):
-    """As many positions as samples along another axis, which comes first: the values are the same."""
+def test_two_axes_of_that_length(sharding):
+    """There is no telling: two reductions, and the axis of the samples stays where it is."""
     x = np.swapaxes(np.repeat(X, 3, axis=1)[:, :B], 0, 1)
-    found, _ = measured(sharding, tap(x), axis=1)
+    found, exchanges = measured(sharding, tap(x), axis=1)
     assert_moments(found, oracle(x, 1, (0, 1)))
+    assert exchanges == 2
+
+
+def test_the_wrong_axis_gives_the_same(sharding):
+    """Statistics for each sample, over twice as many positions."""
+    x = np.repeat(X, 6, axis=1)[:, : 2 * B]
+    found, _ = measured(sharding, tap(x, axes=(1,)))
+    assert_moments(found, oracle(x, 1, (1,)))
 
 
 def test_no_axis_of_samples(sharding):
