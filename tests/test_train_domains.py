@@ -341,9 +341,7 @@ class TestWeighting:
         split = data.Split(np.broadcast_to(labels[:, None, None, None], (1000, 2, 2, 1)), labels)
         model = _Norm()
         variables = model.init(jax.random.key(0), split.images[:2])
-        estimates = weighting.estimates(
-            model, variables, split, imbalance=20, num_samples=40_000, seed=0, sharding=flaxbn.data_sharding()
-        )
+        estimates = weighting.estimates(model, variables, split, imbalance=20, num_samples=40_000, seed=0)
         mean = {kind: float(stats["BatchNorm_0"]["mean"][0]) for kind, stats in estimates.items()}
         assert mean["balanced"] == pytest.approx(1.5, abs=1e-5)
         assert mean["weighted"] == pytest.approx(1.5, abs=0.03)
