@@ -1,5 +1,6 @@
 """Batch normalization for JAX without its traps."""
 
+from flaxbn import diagnostics as diagnostics
 from flaxbn import domains as domains
 from flaxbn.exact import plan as plan
 from flaxbn.independence import assert_batch_independent as assert_batch_independent

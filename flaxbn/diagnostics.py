@@ -1,0 +1,9 @@
+"""Looking at the statistics of a model, never touching them."""
+
+from flaxbn.drift import Channels as Channels
+from flaxbn.drift import Drift as Drift
+from flaxbn.drift import compare as compare
+from flaxbn.gap import Gap as Gap
+from flaxbn.gap import gap as gap
+from flaxbn.noise import BatchNoise as BatchNoise
+from flaxbn.noise import batch_noise as batch_noise
