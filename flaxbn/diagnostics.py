@@ -1,5 +1,8 @@
 """Looking at the statistics of a model, never touching them."""
 
+from flaxbn.diagnosis import Diagnosis as Diagnosis
+from flaxbn.diagnosis import Finding as Finding
+from flaxbn.diagnosis import diagnose as diagnose
 from flaxbn.drift import Channels as Channels
 from flaxbn.drift import Drift as Drift
 from flaxbn.drift import compare as compare

@@ -1,7 +1,7 @@
 """How far stored statistics lie from those of the data, layer by layer, beside the error of the estimate."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,32 +85,22 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
     parts = [population] if is_moments(population) or not isinstance(population, list | tuple) else list(population)
     merged = jax.device_get(merge(*parts))
     leaves = stored.named_leaves(batch_stats)
+    each = [stored.by_path(jax.device_get(part)) for part in parts]
     records: list[Drift] = []
     for path, moments in stored.by_path(merged).items():
-        name = stored.layer_name(path)
         kept = [leaves.get((*path, field)) for field in ("mean", "var")]
         if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
             raise ValueError(
-                f"`batch_stats` must hold the layers of `population` in their shapes: '{name}' has moments of shape "
-                f"{np.shape(moments.mean)}, and stored is {[None if f is None else np.shape(f) for f in kept]}."
+                f"`batch_stats` must hold the layers of `population` in their shapes: '{stored.layer_name(path)}' has "
+                f"moments of shape {np.shape(moments.mean)}, and stored is "
+                f"{[None if field is None else np.shape(field) for field in kept]}."
             )
-        each = [stored.by_path(jax.device_get(part))[path] for part in parts]
-        fields = [np.asarray(jax.device_get(field)) for field in kept]
-        records.extend(_rows(name, fields, moments, each, epsilon))
+        everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
+        for name, index in stored.rows(path, np.shape(moments.mean)):
+            mean, var, row, *row_parts = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
+            if np.all(row.count > 0):
+                records.append(_drift(name, mean, var, row, row_parts, epsilon))
     return tuple(records)
-
-
-def _rows(
-    name: str, kept: Sequence[np.ndarray], merged: Moments, parts: Sequence[Moments], epsilon: float
-) -> Iterator[Drift]:
-    """A record for each row of statistics along the last axis."""
-    shape = np.shape(merged.mean)
-    for index in np.ndindex(*shape[:-1]):
-        row, *each = (jax.tree.map(lambda field, index=index: np.asarray(field)[index], m) for m in (merged, *parts))
-        if np.all(row.count > 0):
-            mean, var = (field[index] for field in kept)
-            label = f"{name}[{', '.join(map(str, index))}]" if index else name
-            yield _drift(label, mean, var, row, each, epsilon)
 
 
 def _drift(

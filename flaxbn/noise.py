@@ -23,7 +23,7 @@ class BatchNoise:
     With `s^2 = var + epsilon` of the population:
 
     Attributes:
-        layer: its path in `batch_stats`, joined by "/".
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
         batch_size: the number of samples in a batch.
         mean: the root mean square of `(mean_batch - mean) / s` over batches and channels.
         var: that of `(var_batch - var) / s^2`.
@@ -69,38 +69,51 @@ def batch_noise(
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
-        num_batches: at most so many batches, evenly spaced over all.
+        num_batches: at most so many batches, drawn at random, always the same.
         epsilon: what the layers add to the variance.
 
     Returns:
-        A record for each layer.
+        A record for each layer; for layers with several rows of statistics one for each row that saw data.
 
     Raises:
         ValueError: if there are fewer than two batches, or the tolerance is not positive.
     """
-    data.check_positive("batch_size", batch_size)
-    data.check_positive("num_batches", num_batches)
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
-    count = data.count_samples(batches) // batch_size
-    if count < 2 or num_batches < 2:
+    chosen = some_batches(batches, batch_size, num_batches)
+    found = [population_moments(model, variables, [batch], call=call, keep_unseen=True) for batch in chosen]
+    return noise_among(found, batch_size, tolerance=tolerance, epsilon=epsilon)
+
+
+def noise_among(
+    moments: Sequence[Any], batch_size: int, *, tolerance: float = 0.1, epsilon: float = 1e-5
+) -> tuple[BatchNoise, ...]:
+    """`batch_noise` from the moments of at least two batches of one population, as `population_moments` gives them."""
+    each = [stored.by_path(jax.device_get(tree)) for tree in moments]
+    records: list[BatchNoise] = []
+    for path, merged in stored.by_path(jax.device_get(merge(*moments))).items():
+        everything = merged, *(by_path[path] for by_path in each)
+        for name, index in stored.rows(path, np.shape(merged.mean)):
+            whole, *rows = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
+            seen = [row for row in rows if np.all(row.count > 0)]
+            if len(seen) > 1:
+                records.append(_noise(name, whole, seen, batch_size, tolerance, epsilon))
+    return tuple(records)
+
+
+def some_batches(arrays: Any, batch_size: int, num_batches: int) -> list[Any]:
+    """At most so many batches of consecutive samples, drawn at random, always the same, in their order."""
+    data.check_positive("batch_size", batch_size)
+    data.check_positive("num_batches", num_batches)
+    samples = data.count_samples(arrays)
+    count = samples // batch_size
+    if min(count, num_batches) < 2:
         raise ValueError(
-            "The noise of batches needs two batches at least: got "
-            f"{data.count_samples(batches)} samples, `batch_size={batch_size}` and `num_batches={num_batches}`."
+            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
+            f"`num_batches={num_batches}`."
         )
-    chosen = np.unique(np.linspace(0, count - 1, num_batches).round().astype(int))
-    found = [_moments(model, variables, batches, k * batch_size, batch_size, call) for k in chosen]
-    population = stored.by_path(jax.device_get(merge(*found)))
-    each = [stored.by_path(moments) for moments in found]
-    return tuple(
-        _noise(stored.layer_name(path), merged, [e[path] for e in each], batch_size, tolerance, epsilon)
-        for path, merged in population.items()
-    )
-
-
-def _moments(model: nn.Module, variables: Any, arrays: Any, first: int, size: int, call: Call | None) -> Any:
-    batch = jax.tree.map(lambda a: a[first : first + size], arrays)
-    return population_moments(model, variables, [batch], call=call)
+    chosen = np.sort(np.random.default_rng(0).permutation(count)[:num_batches]) * batch_size
+    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], arrays) for i in chosen.tolist()]
 
 
 def _noise(

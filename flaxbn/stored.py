@@ -1,6 +1,6 @@
 """The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -191,6 +191,12 @@ def unseen(path: Path, moments: Moments) -> str:
 def layer_name(path: Sequence[str]) -> str:
     """The name of a layer for messages and for `only`: its path in `batch_stats`, joined by '/'."""
     return "/".join(path)
+
+
+def rows(path: Sequence[str], shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The rows of a layer's statistics along their last axis: their names for reports, and their indices."""
+    for index in np.ndindex(*shape[:-1]):
+        yield f"{layer_name(path)}[{', '.join(map(str, index))}]" if index else layer_name(path), index
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:

@@ -150,7 +150,7 @@ class TestBatchNoise:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 200}, "needs two batches at least: got 256 samples, `batch_size=200`"),
+            ({"batch_size": 200}, "Two batches are needed at least: got 256 samples, `batch_size=200`"),
             ({"batch_size": 8, "num_batches": 1}, "`num_batches=1`"),
             ({"batch_size": 8, "tolerance": 0}, "`tolerance` must be positive: got 0"),
             ({"batch_size": 0}, "`batch_size` must be a positive integer: got 0"),
