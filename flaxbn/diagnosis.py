@@ -157,7 +157,7 @@ batch are |
     moments = [population_moments(model, variables, [batch], call=call, keep_unseen=True) for batch in chosen]
     groups = _groups(chosen, moments, domain)
     noise = {label: noise_among(group, batch_size, epsilon=epsilon) for label, group in groups.items()}
-    of_layer = _by_layer(record for records in noise.values() for record in records)
+    of_layer = by_layer(record for records in noise.values() for record in records)
     kept = variables["batch_stats"]
     drift = compare(kept, _parts(*groups.values()), epsilon=epsilon)
     pooled = to_batch_stats(jax.device_get(merge(*moments)), kept, keep_unseen=True)
@@ -168,7 +168,7 @@ batch are |
         for finding in _furthest(
             "mixed domains",
             compare(pooled, _parts(group), epsilon=epsilon),
-            _by_layer(noise[label]),
+            by_layer(noise[label]),
             f", domain {label}",
         )
     ]
@@ -279,7 +279,7 @@ def _excess(drift: Drift, noise: BatchNoise | None) -> tuple[float, str, str] | 
     return (factor, what, drift.layer) if factor > 1 else None
 
 
-def _by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
+def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
     """The largest noise of each layer."""
     found: dict[str, BatchNoise] = {}
     for record in sorted(records, key=lambda record: record.share):

@@ -10,3 +10,5 @@ from flaxbn.gap import Gap as Gap
 from flaxbn.gap import gap as gap
 from flaxbn.noise import BatchNoise as BatchNoise
 from flaxbn.noise import batch_noise as batch_noise
+from flaxbn.report import figure as figure
+from flaxbn.report import table as table
