@@ -1,7 +1,9 @@
 """Batch normalization for JAX without its traps."""
 
+from flaxbn import diagnostics as diagnostics
 from flaxbn import domains as domains
 from flaxbn.exact import plan as plan
+from flaxbn.independence import BatchDependenceError as BatchDependenceError
 from flaxbn.independence import assert_batch_independent as assert_batch_independent
 from flaxbn.linen import BatchNorm as BatchNorm
 from flaxbn.linen import BatchRenorm as BatchRenorm

@@ -22,6 +22,10 @@ _TOLERANCE = 1e-3
 _UNITS = 4  # of rounding, in half precision
 
 
+class BatchDependenceError(ValueError):
+    """What is computed for an example changes with the others of its batch."""
+
+
 def assert_batch_independent(
     model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
 ) -> None:
@@ -41,7 +45,8 @@ def assert_batch_independent(
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
 
     Raises:
-        ValueError: naming the first layer behind which examples are mixed, or the output; or if the batch is too small.
+        BatchDependenceError: a ValueError that names the first layer behind which examples are mixed, or the output.
+        ValueError: if the batch is too small.
         TypeError: if `model` is not a `flax.linen.Module`.
     """
     check_model(model)
@@ -54,7 +59,7 @@ def assert_batch_independent(
     measured = [_stored_moments(model, variables, part, function)[1] for part in parts]
     variances = [moments.var + jnp.mean(moments.var) for moments, _ in found]
     check_parts(layers, found, [_merge_all(pair) for pair in zip(*measured)], variances)
-    _check_outputs(*(_outputs(model, variables, part, function) for part in (whole, *parts)))
+    _check_outputs(*(outputs(model, variables, part, function) for part in (whole, *parts)))
 
 
 def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +75,7 @@ def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any
     """
     for layer, (moments, dtype), (again, _), var in zip(layers, whole, parts, variances, strict=True):
         if _differ(jax.device_get(moments), jax.device_get(again), jax.device_get(var), dtype):
-            raise ValueError(
+            raise BatchDependenceError(
                 f"Each example must be evaluated by itself: what {layer} receives changes with the other examples of "
                 "the batch, so something before it mixes them (a mean over the batch, a layer in training mode that "
                 "is not batch normalization, an order of examples, pairs). Its statistics would depend on the batch "
@@ -107,7 +112,9 @@ def _stored_moments(model: nn.Module, variables: Any, batch: Any, call: Call) ->
     return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))
 
 
-def _outputs(model: nn.Module, variables: Any, batch: Any, call: Call) -> list[np.ndarray]:
+def outputs(model: nn.Module, variables: Any, batch: Any, call: Call) -> list[np.ndarray]:
+    """The arrays that `call` returns."""
+
     @jax.jit
     def run(variables: Any, batch: Any) -> list[Any]:
         output, _ = model.apply(variables, batch, method=call, mutable=DenyList("params"))
@@ -127,7 +134,7 @@ def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) ->
         for part, values in zip(rows, found if same_shapes else ()):
             again[part] = values
         if not same_shapes or _rows_differ(expected, again):
-            raise ValueError(
+            raise BatchDependenceError(
                 f"Each example must be evaluated by itself: output {i} of `call`, of shape {expected.shape}, changes "
                 "with the other examples of the batch. A batch-norm layer in training mode does that, and whatever "
                 "else reduces over the batch: evaluate with `use_running_average=True`, and mend what mixes examples."

@@ -1,6 +1,6 @@
 """The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -116,11 +116,15 @@ def as_tree(moments: Mapping[Path, Moments]) -> Any:
     return moments[()] if () in moments else unflatten_dict(dict(moments))
 
 
+def by_path(moments: Any) -> dict[Path, Any]:
+    """The leaves of a tree of Moments, which those are, by the dictionary keys on their path."""
+    found = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)[0]
+    return {dict_names(path): value for path, value in found}
+
+
 def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
     """A tree of earlier moments by path, which must be those of `layers`."""
-    found = {
-        dict_names(path): value for path, value in jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)[0]
-    }
+    found = by_path(moments)
     shapes = {path: np.shape(value.mean) if is_moments(value) else None for path, value in found.items()}
     wanted = {path: entries.shape for path, entries in layers.entries.items()}
     if shapes != wanted:
@@ -134,16 +138,15 @@ def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
 
 def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
     """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
-    found, _ = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)
-    by_path = {dict_names(path): value for path, value in found}
+    found = by_path(moments)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    _check_places(by_path, named_leaves(batch_stats), keep_unseen)
+    _check_places(found, named_leaves(batch_stats), keep_unseen)
 
     def replaced(path: Any, leaf: Any) -> Any:
         names = dict_names(path)
-        if names[:-1] not in by_path or names[-1] not in ("mean", "var"):
+        if names[:-1] not in found or names[-1] not in ("mean", "var"):
             return leaf
-        value, count = getattr(by_path[names[:-1]], names[-1]), by_path[names[:-1]].count
+        value, count = getattr(found[names[:-1]], names[-1]), found[names[:-1]].count
         value = jnp.where(np.asarray(count) > 0, jnp.asarray(value).astype(leaf.dtype), leaf)
         if not np.all(np.isfinite(np.asarray(value, np.complex128))):
             raise ValueError(
@@ -188,6 +191,12 @@ def unseen(path: Path, moments: Moments) -> str:
 def layer_name(path: Sequence[str]) -> str:
     """The name of a layer for messages and for `only`: its path in `batch_stats`, joined by '/'."""
     return "/".join(path)
+
+
+def rows(path: Sequence[str], shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The rows of a layer's statistics along their last axis: their names for reports, and their indices."""
+    for index in np.ndindex(*shape[:-1]):
+        yield f"{layer_name(path)}[{', '.join(map(str, index))}]" if index else layer_name(path), index
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:

@@ -1,0 +1,149 @@
+"""How far stored statistics lie from those of the data, layer by layer, beside the error of the estimate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxbn import stored
+from flaxbn.moments import Moments, is_moments, merge
+
+SIGNIFICANT = 3.0
+"""Standard errors from which a drift is told apart from the error of the estimate."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A quantity of every channel of a layer, not negative: its median, its 95th percentile and its largest value."""
+
+    median: float
+    p95: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the stored statistics of one layer differ from the population's.
+
+    With `s^2 = var + epsilon` of the population, by which the layer divides:
+
+    Attributes:
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
+        channels: how many it has.
+        dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
+        count: the weight of the positions behind the estimate, in the channel that has least.
+        shift: `|mean_stored - mean| / s`, in standard deviations.
+        log_ratio: `|log((var_stored + epsilon) / s^2)|`; 0.1 is ten percent of the variance.
+        rms_shift, rms_log_ratio: their root mean square over the channels.
+        shift_error, log_ratio_error: the standard error of the estimate in the same units, root mean square over the
+            channels.
+    """
+
+    layer: str
+    channels: int
+    dead: int
+    count: float
+    shift: Channels
+    log_ratio: Channels
+    rms_shift: float
+    rms_log_ratio: float
+    shift_error: float
+    log_ratio_error: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the mean or the variance differs by more than three standard errors of the estimate, or is NaN."""
+        within = self.rms_shift <= SIGNIFICANT * self.shift_error
+        return not (within and self.rms_log_ratio <= SIGNIFICANT * self.log_ratio_error)
+
+
+def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tuple[Drift, ...]:
+    """Stored statistics against those of data, a record for each layer.
+
+    Args:
+        batch_stats: the statistics that are stored, running averages say.
+        population: moments from `population_moments`; better a list of them, of K independent parts of the data. The
+            standard errors are those of their merged result, from the spread between the parts:
+
+                e^2 = K / (K - 1) * sum_k (n_k / n)^2 (m_k - m)^2
+
+            `n_k` being the counts, and `m_k` the mean or the variance of a part. With one tree alone they are `1 /
+            sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all positions were independent
+            and normal: far too small where neighbouring pixels are alike.
+        epsilon: what the layers add to the variance.
+
+    Returns:
+        A record for each layer of `population`, in its order; for layers with several rows of statistics (domains,
+        layers in a scan) one for each row that saw data.
+
+    Raises:
+        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape.
+    """
+    parts = [population] if is_moments(population) or not isinstance(population, list | tuple) else list(population)
+    merged = jax.device_get(merge(*parts))
+    leaves = stored.named_leaves(batch_stats)
+    each = [stored.by_path(jax.device_get(part)) for part in parts]
+    records: list[Drift] = []
+    for path, moments in stored.by_path(merged).items():
+        kept = [leaves.get((*path, field)) for field in ("mean", "var")]
+        if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
+            raise ValueError(
+                f"`batch_stats` must hold the layers of `population` in their shapes: '{stored.layer_name(path)}' has "
+                f"moments of shape {np.shape(moments.mean)}, and stored is "
+                f"{[None if field is None else np.shape(field) for field in kept]}."
+            )
+        everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
+        for name, index in stored.rows(path, np.shape(moments.mean)):
+            mean, var, row, *row_parts = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
+            if np.all(row.count > 0):
+                records.append(_drift(name, mean, var, row, row_parts, epsilon))
+    return tuple(records)
+
+
+def _drift(
+    name: str, mean: np.ndarray, var: np.ndarray, merged: Moments, parts: Sequence[Moments], epsilon: float
+) -> Drift:
+    divisor = np.asarray(merged.var, np.float64) + epsilon
+    shift = np.abs(mean - np.asarray(merged.mean, np.complex128)) / np.sqrt(divisor)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a variance that is negative or NaN shows as NaN
+        log_ratio = np.abs(np.log((np.asarray(var, np.float64) + epsilon) / divisor))
+    mean_error, var_error = _standard_errors(merged, parts)
+    return Drift(
+        layer=name,
+        channels=len(divisor),
+        dead=int(np.sum(merged.var <= epsilon)),
+        count=float(np.min(merged.count)),
+        shift=_channels(shift),
+        log_ratio=_channels(log_ratio),
+        rms_shift=_rms(shift),
+        rms_log_ratio=_rms(log_ratio),
+        shift_error=_rms(mean_error / np.sqrt(divisor)),
+        log_ratio_error=_rms(var_error / divisor),
+    )
+
+
+def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the mean and of the variance."""
+    count, var = np.asarray(merged.count, np.float64), np.asarray(merged.var, np.float64)
+    if len(parts) == 1:
+        return np.sqrt(var / count), var * np.sqrt(2 / count)
+    shares = [part.count / count for part in parts]
+    factor = len(parts) / (len(parts) - 1)
+
+    def error(field: str) -> np.ndarray:
+        whole = np.asarray(getattr(merged, field), np.complex128)
+        squares = (w**2 * np.abs(getattr(part, field) - whole) ** 2 for w, part in zip(shares, parts))
+        return np.sqrt(factor * np.sum([*squares], axis=0))
+
+    return error("mean"), error("var")
+
+
+def _channels(values: np.ndarray) -> Channels:
+    return Channels(*(float(v) for v in (np.median(values), np.percentile(values, 95), np.max(values))))
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(np.square(values))))

@@ -1,0 +1,188 @@
+"""Each trap planted in a model that was trained on real digits, and named; a healthy one comes out clean."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import datasets
+
+import flaxbn
+from flaxbn.diagnostics import diagnose
+
+DIGITS = datasets.load_digits()
+ORDER = np.random.default_rng(0).permutation(1792)
+IMAGES = (DIGITS.images[ORDER, :, :, None] / 16).astype(np.float32)
+LABELS = DIGITS.target[ORDER].astype(np.int32)
+DATA = {"image": IMAGES, "label": LABELS, "domain": np.zeros(1792, np.int32)}
+
+
+class CNN(nn.Module):
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for features, stride in ((8, 1), (16, 2), (16, 2)):
+            x = nn.Conv(features, (3, 3), (stride, stride), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def call(module, batch):
+    return module(batch["image"])
+
+
+def losses(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch_size", "epochs"))
+def train(data, rate, *, model, batch_size, epochs):
+    """Adam with a rate that falls to zero; each epoch in the order of the data."""
+    variables = model.init(jax.random.key(0), data["image"][:2])
+    batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), data)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * len(data["label"]) // batch_size))
+
+    def step(state, batch):
+        params, batch_stats, opt_state = state
+
+        def loss(params):
+            given = {"params": params, "batch_stats": batch_stats}
+            logits, new = model.apply(given, batch["image"], train=True, mutable=["batch_stats"])
+            return losses(logits, batch).mean(), new["batch_stats"]
+
+        gradient, batch_stats = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, updates), batch_stats, opt_state), None
+
+    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    state, _ = jax.lax.scan(lambda state, _: jax.lax.scan(step, state, batches), state, None, length=epochs)
+    return {"params": state[0], "batch_stats": state[1]}, variables["batch_stats"]
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """Trained with batches of 64; the variables, and the statistics as they were before."""
+    return train(DATA, 0.01, model=CNN(), batch_size=64, epochs=4)
+
+
+def in_turn(data, size):
+    """Two domains, the digits and their negatives, brighter; each batch is of one."""
+    half = len(data["label"]) // 2
+    shown = np.arange(len(data["label"])) // size % 2
+    image = np.where(shown[:, None, None, None] == 1, 3 - 2 * data["image"], data["image"])
+    assert half
+    return {"image": image, "label": data["label"], "domain": shown.astype(np.int32)}
+
+
+def named(variables, data=DATA, model=None, batch_size=64, **options):
+    found = diagnose(
+        model or CNN(), variables, data, losses, call=options.pop("call", call), batch_size=batch_size, **options
+    )
+    return [finding.trap for finding in found.findings], found
+
+
+def test_a_healthy_model(healthy):
+    """By the running average at the end of a training whose learning rate went to zero, and by the population."""
+    variables, _ = healthy
+    traps, found = named(variables)
+    assert traps == [], str(found)
+    assert "Nothing is wrong with batch normalization." in str(found)
+    batch_stats = flaxbn.estimate_population_stats(CNN(), variables, DATA, call=call, batch_size=64)
+    traps, found = named({**variables, "batch_stats": batch_stats})
+    assert traps == [], str(found)
+    assert abs(found.gap[None].normalization) < 0.05
+
+
+def test_never_estimated(healthy):
+    variables, before = healthy
+    traps, found = named({**variables, "batch_stats": before})
+    assert traps == ["never estimated"]
+    assert "3 of 3 layers" in found.findings[0].evidence
+    assert found.gap[None].normalization > 1
+    some = {**variables["batch_stats"], "BatchNorm_1": before["BatchNorm_1"]}
+    traps, found = named({**variables, "batch_stats": some})
+    assert traps == ["never estimated"]
+    assert (found.findings[0].where, found.findings[0].number) == ("BatchNorm_1", 1)
+
+
+def test_lagging_average():
+    variables, _ = train(DATA, 0.01, model=CNN(momentum=0.99), batch_size=64, epochs=2)
+    traps, found = named(variables)
+    assert traps == ["lagging average"]
+    assert found.findings[0].number > 1
+    assert "estimate_population_stats" in str(found)
+
+
+def test_batches_too_small():
+    variables, _ = train(DATA, 0.003, model=CNN(momentum=0.99), batch_size=2, epochs=2)
+    batch_stats = flaxbn.estimate_population_stats(CNN(), variables, DATA, call=call, batch_size=2)
+    traps, found = named({**variables, "batch_stats": batch_stats}, batch_size=2)
+    assert traps == ["batches too small"], str(found)
+    assert found.findings[0].number > 0.1
+
+
+def test_mixed_domains():
+    data = in_turn(DATA, 64)
+    variables, _ = train(data, 0.01, model=CNN(momentum=0.95), batch_size=64, epochs=4)
+    traps, found = named(variables, data, domain=lambda batch: batch["domain"])
+    assert traps == ["mixed domains"], str(found)
+    assert "domain" in found.findings[0].where
+    assert found.gap[0].normalization + found.gap[1].normalization > 0.1
+    # The same network with the statistics of one domain, on that domain, has nothing wrong with it.
+    one = jax.tree.map(lambda a: a[data["domain"] == 1], data)
+    batch_stats = flaxbn.estimate_population_stats(CNN(), variables, one, call=call, batch_size=64)
+    traps, found = named({**variables, "batch_stats": batch_stats}, one, domain=lambda batch: batch["domain"])
+    assert traps == [], str(found)
+
+
+def test_domains_in_mixed_batches_are_no_trap():
+    """Trained with both domains in every batch, tested with the population of both."""
+    data = in_turn(DATA, 1)
+    variables, _ = train(data, 0.01, model=CNN(), batch_size=64, epochs=4)
+    traps, found = named(variables, data, domain=lambda batch: batch["domain"])
+    assert traps == [], str(found)
+
+
+def test_training_mode_at_inference(healthy):
+    traps, found = named(healthy[0], call=lambda module, batch: module(batch["image"], train=True))
+    assert traps == ["training mode at inference"]
+    assert found.findings[0].number > 0.01
+    assert "use_running_average=True" in str(found)
+    assert found.gap is None
+
+
+def test_a_statistic_that_is_not_finite(healthy):
+    variables, _ = healthy
+    layer = variables["batch_stats"]["BatchNorm_2"]
+    broken = {"mean": layer["mean"].at[0].set(jnp.nan), "var": layer["var"].at[1].set(-1)}
+    batch_stats = {**variables["batch_stats"], "BatchNorm_2": broken}
+    traps, found = named({**variables, "batch_stats": batch_stats})
+    assert traps == ["not finite"]
+    assert (found.findings[0].where, found.findings[0].number) == ("BatchNorm_2", 2)
+
+
+def test_nothing_is_changed(healthy):
+    variables, _ = healthy
+    before = jax.tree.map(np.array, variables)
+    named(variables)
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1024}, "Two batches are needed at least: got 1792 samples, `batch_size=1024`"),
+        ({"num_batches": 1}, "`num_batches=1`"),
+        (
+            {"num_batches": 3, "data": in_turn(DATA, 64), "domain": lambda batch: batch["domain"]},
+            "two batches at least",
+        ),
+    ],
+)
+def test_errors(healthy, options, message):
+    with pytest.raises(ValueError, match=message):
+        named(healthy[0], **options)
