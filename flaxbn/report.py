@@ -4,16 +4,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
+
 from flaxbn.diagnosis import Diagnosis, by_layer
 from flaxbn.drift import Drift
 from flaxbn.noise import BatchNoise
+
+DRIFT, BATCH = "#1f5fa8", "#c8501e"
+_LEAST = 1e-6
+_SIDES = (
+    ("shift", "rms_shift", "shift_error", "mean", "drift of the mean, standard deviations"),
+    ("log_ratio", "rms_log_ratio", "log_ratio_error", "var", "drift of the variance, |log ratio|"),
+)
 
 
 def table(found: Diagnosis | Sequence[Drift], *, file: TextIO | None = None) -> None:
     """Prints the drift of each layer, and what a diagnosis found; plain text where `file` is not a terminal.
 
-    A distance is printed with the standard error of its estimate, and marked by `*` where it is more than three of
-    these. Where there is a diagnosis, `batch` is the noise of a batch, which a drift must exceed to be a finding.
+    For each layer the dead channels of all; of the mean, in standard deviations, and of the logarithm of the variance
+    the distance with the standard error of its estimate, marked by `*` where it is more than three of these, and that
+    of the worst channel; and where there is a diagnosis the noise of a batch, which a drift exceeds to be a finding.
 
     Args:
         found: from `diagnose`, or records from `compare`.
@@ -27,12 +37,15 @@ def table(found: Diagnosis | Sequence[Drift], *, file: TextIO | None = None) -> 
     if not console.is_terminal:
         console.width = 160
     records, noise = _parts_of(found)
-    rows = rich[1].Table(box=rich[2].ROUNDED if console.is_terminal else None, title=None, pad_edge=False)
+    rows = rich[1].Table(
+        box=rich[2].SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, collapse_padding=True
+    )
     rows.add_column("layer", overflow="fold")
-    for column in ("channels", "dead", "mean, std", "+/-", "worst", "batch", "log var", "+/-", "worst", "batch"):
-        rows.add_column(column, justify="right")
+    for column in ("dead", "mean", "worst", "batch", "log var", "worst", "batch"):
+        rows.add_column(column, justify="right", no_wrap=True)
     for record in records:
-        rows.add_row(record.layer, str(record.channels), str(record.dead), *_numbers(record, noise.get(record.layer)))
+        dead = f"{record.dead}/{record.channels}"
+        rows.add_row(record.layer, dead, *_numbers(record, noise.get(record.layer)))
     console.print(rows)
     if isinstance(found, Diagnosis):
         for line in str(found).splitlines():
@@ -51,28 +64,25 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
     """
     figures = _imported("matplotlib.figure")
     records, noise = _parts_of(found)
-    drawn = figures.Figure(figsize=(9, 1.2 + 0.28 * max(len(records), 3)), layout="constrained")
+    drawn = figures.Figure(figsize=(9, 1.5 + 0.28 * max(len(records), 3)), layout="constrained")
     panels = drawn.subplots(1, 2, sharey=True)
-    sides = (
-        ("shift", "rms_shift", "shift_error", "mean", "drift of the mean, standard deviations"),
-        ("log_ratio", "rms_log_ratio", "log_ratio_error", "var", "drift of the variance, |log ratio|"),
-    )
-    for panel, (channels, rms, error, batch, label) in zip(panels, sides):
-        for y, record in enumerate(records):
-            values = getattr(record, channels)
-            low = max(values.median, 1e-6)
-            panel.plot([low, max(values.worst, low)], [y, y], "-", color="#1f5fa8", linewidth=1.5)
-            panel.plot(max(getattr(record, rms), 1e-6), y, "o", color="#1f5fa8", markersize=5)
-            panel.barh(y, 3 * getattr(record, error), height=0.8, color="0.85", zorder=0)
-            if record.layer in noise:
-                panel.plot(
-                    getattr(noise[record.layer], batch), y, "|", color="#c8501e", markersize=12, markeredgewidth=2
-                )
+    for panel, (channels, rms, error, batch, label) in zip(panels, _SIDES):
+        places = range(len(records))
+        ends = [(getattr(record, channels).median, getattr(record, channels).worst) for record in records]
+        lows, highs = zip(*(np.maximum(pair, _LEAST) for pair in ends)) if ends else ((), ())
+        panel.barh(places, [3 * getattr(r, error) for r in records], color="0.85", zorder=0, label="3 standard errors")
+        panel.hlines(places, lows, highs, color=DRIFT, label="stored statistics: median to worst channel")
+        marks = [max(getattr(record, rms), _LEAST) for record in records]
+        panel.plot(marks, places, "o", color=DRIFT, markersize=5, label="root mean square")
+        batches = [getattr(noise[r.layer], batch) if r.layer in noise else np.nan for r in records]
+        if noise:
+            panel.plot(batches, places, "|", color=BATCH, markersize=12, markeredgewidth=2, label="noise of a batch")
         panel.set(xscale="log", xlabel=label)
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(records)), [record.layer for record in records])
     panels[0].invert_yaxis()
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
@@ -90,7 +100,7 @@ def _numbers(record: Drift, noise: BatchNoise | None) -> list[str]:
     columns = []
     for rms, error, worst, batch in sides:
         mark = " " if rms <= 3 * error else "*"
-        columns += [f"{rms:.3g}{mark}", f"{error:.2g}", f"{worst:.3g}", "-" if batch is None else f"{batch:.2g}"]
+        columns += [f"{rms:.2g}\u00b1{error:.1g}{mark}", f"{worst:.2g}", "-" if batch is None else f"{batch:.2g}"]
     return columns
 
 
