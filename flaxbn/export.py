@@ -161,8 +161,8 @@ def _check_estimated(
         raise ValueError(
             "Every batch-norm layer must have the statistics of data: those of "
             f"{', '.join(initial)} were never estimated, and are the initial ones, mean 0 and variance 1. Estimate "
-            'them, of every domain: `variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, '
-            "batches)`."
+            'them, with data of every domain there is: `variables["batch_stats"] = '
+            "flaxbn.estimate_population_stats(model, variables, batches)`."
         )
 
 

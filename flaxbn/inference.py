@@ -1,5 +1,6 @@
 """The inference artifact: a zip archive of a serialized `jax.export` module and what is known about it, as JSON."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,8 +81,17 @@ def load_inference(path: str | os.PathLike[str]) -> Inference:
             f"The SHA-256 of {MODULE} must be the one in {METADATA}: in {os.fspath(path)} it is not, so the file was "
             "damaged or changed. Copy it again, or export it anew."
         )
-    exported = _deserialized(module, metadata, path)
+    with _known_to_jax(metadata, path):
+        exported = _deserialized(module)
+        found = describe(exported)
+    if found != {name: metadata[name] for name in found}:
+        raise ValueError(
+            f"{METADATA} must describe the module beside it: in {os.fspath(path)} platforms, inputs or outputs differ, "
+            "so one of them was changed. Export it anew."
+        )
     _check_platform(exported, path)
+    with _known_to_jax(metadata, path):
+        _lower(exported)
     return Inference(metadata, exported)
 
 
@@ -186,30 +196,34 @@ def _not_metadata(path: str | os.PathLike[str]) -> str:
     )
 
 
-def _deserialized(module: bytes, metadata: dict[str, Any], path: str | os.PathLike[str]) -> export.Exported:
-    oldest, newest = (
-        export.minimum_supported_calling_convention_version,
-        export.maximum_supported_calling_convention_version,
-    )
+@contextlib.contextmanager
+def _known_to_jax(metadata: dict[str, Any], path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        exported = export.deserialize(bytearray(module))
-        if not oldest <= exported.calling_convention_version <= newest:
-            raise ValueError(
-                f"calling convention {exported.calling_convention_version}, where {oldest} to {newest} are supported"
-            )
-        found = describe(exported)
+        yield
     except Exception as error:  # jax checks little: a module that it does not know fails anywhere
         raise ValueError(
             f"{MODULE} must be a module that this jax, {jax.__version__}, can read: that of {os.fspath(path)}, written "
             f"by jax {metadata['versions'].get('jax')}, is none. jax reads what a later version wrote for a few weeks "
             "and what an older one wrote for half a year: install a jax near that version, or export it anew."
         ) from error
-    if found != {name: metadata[name] for name in found}:
+
+
+def _deserialized(module: bytes) -> export.Exported:
+    exported = export.deserialize(bytearray(module))
+    oldest = export.minimum_supported_calling_convention_version
+    newest = export.maximum_supported_calling_convention_version
+    if not oldest <= exported.calling_convention_version <= newest:
         raise ValueError(
-            f"{METADATA} must describe the module beside it: in {os.fspath(path)} platforms, inputs or outputs differ, "
-            "so one of them was changed. Export it anew."
+            f"The calling convention must be {oldest} to {newest}: got {exported.calling_convention_version}."
         )
     return exported
+
+
+def _lower(exported: export.Exported) -> None:
+    """Lowers the module for one example, since `deserialize` does not look at the program."""
+    args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), args)
+    jax.jit(exported.call).lower(*one)
 
 
 def _check_platform(exported: export.Exported, path: str | os.PathLike[str]) -> None:

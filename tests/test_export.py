@@ -514,7 +514,14 @@ class TestReading:
         later = dataclasses.replace(flaxbn.load_inference(artifact).exported, calling_convention_version=99)
         with pytest.raises(ValueError, match="must be a module that this jax") as caught:
             flaxbn.load_inference(rewritten(artifact, tmp_path, module=bytes(later.serialize())))
-        assert "calling convention 99" in str(caught.value.__cause__)
+        assert "got 99." in str(caught.value.__cause__)
+
+    def test_a_program_of_a_later_jax(self, artifact, tmp_path):
+        """Its envelope can be read, and the program within cannot."""
+        later = dataclasses.replace(flaxbn.load_inference(artifact).exported, mlir_module_serialized=b"later")
+        with pytest.raises(ValueError, match="must be a module that this jax") as caught:
+            flaxbn.load_inference(rewritten(artifact, tmp_path, module=bytes(later.serialize())))
+        assert "StableHLO" in str(caught.value.__cause__)
 
     def test_metadata_of_another_module(self, artifact, tmp_path):
         inputs = {"": {"shape": ["batch", 6], "dtype": "float32"}}
