@@ -24,6 +24,7 @@ import flaxbn
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1.0, 2.0, size=(12, 5)).astype(np.float32)
+PLATFORMS = ("cpu",) if jax.default_backend() == "cpu" else ("cpu", "cuda", "tpu")
 MODULE, METADATA = "model.jax_export", "metadata.json"
 
 
@@ -69,7 +70,7 @@ def estimated(model):
 
 @functools.cache
 def estimated_images():
-    variables = Images().init(jax.random.key(0), IMAGES)
+    variables = jax.jit(Images().init)(jax.random.key(0), IMAGES)
     moments = flaxbn.population_moments(Images(), variables, IMAGES, batch_size=12)
     return {**variables, "batch_stats": flaxbn.to_batch_stats(moments, variables["batch_stats"])}, moments
 
@@ -78,15 +79,16 @@ NET = Net()
 VARIABLES, MOMENTS = estimated(NET)
 
 
-def export(path, *, model=NET, variables=VARIABLES, example=X, platforms=("cpu",), **options):
+def export(path, *, model=NET, variables=VARIABLES, example=X, platforms=PLATFORMS, **options):
     flaxbn.export_inference(model, variables, example, path / "model.zip", platforms=platforms, **options)
     return path / "model.zip"
 
 
 def assert_same_predictions(inference, model, variables, batch, call=lambda m, b: m(b)):
+    apply = jax.jit(functools.partial(model.apply, method=call))
     for size in (1, 3, 7):
         part = jax.tree.map(lambda a, size=size: a[:size], batch)
-        expected, found = model.apply(variables, part, method=call), inference(part)
+        expected, found = apply(variables, part), inference(part)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -223,6 +225,7 @@ class TestMetadata:
     def test_the_same_model_gives_the_same_bytes(self, artifact, tmp_path):
         again = export(tmp_path, platforms=("cpu", "cuda", "tpu"), moments=MOMENTS)
         assert again.read_bytes() == artifact.read_bytes()
+        assert {member.date_time for member in zipfile.ZipFile(again).infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
     def test_no_source_paths(self, artifact):
         before = jax.config.jax_traceback_in_locations_limit
@@ -334,7 +337,7 @@ class TestRefusals:
         def call(module, x):
             return module(x) + np.zeros((len(x), 1), np.float32)
 
-        with pytest.raises(TypeError, match="raised while exporting for cpu with a batch of any size"):
+        with pytest.raises(TypeError, match=r"raised while exporting for cpu.* with a batch of any size"):
             export(tmp_path, call=call)
 
     @pytest.mark.parametrize(
@@ -400,7 +403,14 @@ class TestWriting:
         with pytest.raises(ValueError, match="never estimated"):
             export(tmp_path, variables=with_statistics(second=INITIAL))
         assert path.read_bytes() == before
-        export(tmp_path, variables=with_statistics(second={"mean": jnp.ones(4), "var": jnp.ones(4)}))
+
+    def test_a_file_is_replaced_at_one_stroke(self, tmp_path):
+        """Whoever reads the old file still has it."""
+        path = export(tmp_path)
+        before = path.read_bytes()
+        with path.open("rb") as old:
+            export(tmp_path, variables=with_statistics(second={"mean": jnp.ones(4), "var": jnp.ones(4)}))
+            assert old.read() == before
         assert path.read_bytes() != before
 
     def test_an_export_that_fails_in_writing_leaves_the_old_file(self, tmp_path, monkeypatch):
