@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax import export
+from jax import dtypes, export
 
 MODULE, METADATA = "model.jax_export", "metadata.json"
 FORMAT_VERSION = 1
@@ -69,7 +69,7 @@ def load_inference(path: str | os.PathLike[str]) -> Inference:
 
     Raises:
         ValueError: if the file is no such artifact, is damaged or cut off, is of a later format, cannot be read by this
-            version of jax, or does not run on the platform that jax uses.
+            version of jax, does not run on the platform that jax uses, or needs 64 bits where they are off.
         OSError: if the file cannot be read.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
@@ -90,6 +90,7 @@ def load_inference(path: str | os.PathLike[str]) -> Inference:
             "so one of them was changed. Export it anew."
         )
     _check_platform(exported, path)
+    _check_width(exported, path)
     with _known_to_jax(metadata, path):
         _lower(exported)
     return Inference(metadata, exported)
@@ -233,6 +234,16 @@ def _check_platform(exported: export.Exported, path: str | os.PathLike[str]) -> 
             f"An artifact must be exported for the platform that it runs on: {os.fspath(path)} is for "
             f"{', '.join(exported.platforms)}, and jax runs on {backend} here. Export it with that in `platforms`, or "
             "choose another backend, by the environment variable JAX_PLATFORMS."
+        )
+
+
+def _check_width(exported: export.Exported, path: str | os.PathLike[str]) -> None:
+    arrays = (*exported.in_avals, *exported.out_avals)
+    wide = sorted({str(a.dtype) for a in arrays if a.dtype != dtypes.canonicalize_dtype(a.dtype)})
+    if wide:
+        raise ValueError(
+            f"An artifact with arrays of 64 bits needs them to be on in jax: {os.fspath(path)} has {', '.join(wide)}. "
+            'Turn them on, by `jax.config.update("jax_enable_x64", True)` or the environment variable JAX_ENABLE_X64.'
         )
 
 

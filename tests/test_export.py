@@ -545,6 +545,13 @@ class TestReading:
         with pytest.raises(ValueError, match=message):
             flaxbn.load_inference(path)
 
+    def test_64_bits(self, tmp_path):
+        with jax.enable_x64(True):
+            path = export(tmp_path, example=X.astype(np.float64))
+            assert flaxbn.load_inference(path)(X.astype(np.float64)).dtype == np.float64
+        with pytest.raises(ValueError, match=r"model\.zip has float64\. Turn them on, by `jax\.config\.update"):
+            flaxbn.load_inference(path)
+
     def test_pickles_are_not_read(self, tmp_path):
         """An array file, which numpy would unpickle, is junk like any other."""
         np.save(tmp_path / "a.npy", np.array([print], object), allow_pickle=True)
