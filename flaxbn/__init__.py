@@ -3,8 +3,11 @@
 from flaxbn import diagnostics as diagnostics
 from flaxbn import domains as domains
 from flaxbn.exact import plan as plan
+from flaxbn.export import export_inference as export_inference
 from flaxbn.independence import BatchDependenceError as BatchDependenceError
 from flaxbn.independence import assert_batch_independent as assert_batch_independent
+from flaxbn.inference import Inference as Inference
+from flaxbn.inference import load_inference as load_inference
 from flaxbn.linen import BatchNorm as BatchNorm
 from flaxbn.linen import BatchRenorm as BatchRenorm
 from flaxbn.mesh import data_sharding as data_sharding

@@ -22,9 +22,9 @@ from flaxbn.tap import is_bound, tap_p
 
 Call = Callable[[Any, Any], Any]
 
-_LAYER_CALLS = {inspect.unwrap(call): call for call in (nn.BatchNorm.__call__, linen.BatchNorm.__call__)}
-_DROPOUT_CALL = inspect.unwrap(nn.Dropout.__call__)
-_observing = jax.make_user_context(None)
+LAYER_CALLS = {inspect.unwrap(call): call for call in (nn.BatchNorm.__call__, linen.BatchNorm.__call__)}
+DROPOUT_CALL = inspect.unwrap(nn.Dropout.__call__)
+observing = jax.make_user_context(None)
 
 
 def trace(
@@ -38,7 +38,7 @@ def trace(
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
-        with nn.intercept_methods(_interceptor()), _observing(True):
+        with nn.intercept_methods(_interceptor()), observing(True):
             output, _ = model.apply(variables, batch, rngs=rngs, method=call, mutable=DenyList("params"))
         leaves, structure = jax.tree.flatten(output)
         returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves]))
@@ -59,21 +59,31 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def running_function(context: nn.module.InterceptorContext) -> Any:
+    """The function that runs in an intercepted call, by which a layer is known: its class may be a subclass."""
+    return inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
+
+
+def layer_label(layer: nn.Module) -> str:
+    """The class and path of a layer, for messages."""
+    return f"{type(layer).__name__} '{'/'.join(layer.path)}'"
+
+
 def _interceptor() -> Callable[..., Any]:
     inside = False
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
-        function = inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
-        if function is _DROPOUT_CALL:
+        function = running_function(context)
+        if function is DROPOUT_CALL:
             return kwargs["inputs"] if "inputs" in kwargs else args[0]
-        if inside or function not in _LAYER_CALLS or context.module.is_initializing():
+        if inside or function not in LAYER_CALLS or context.module.is_initializing():
             return next_call(*args, **kwargs)
         given = inspect.signature(function).bind(context.module, *args, **kwargs).arguments
         inside = True
         try:
             options = {k: given[k] for k in ("mask", "domain") if given.get(k) is not None}
-            return _evaluate_layer(context.module, _LAYER_CALLS[function], given["x"], **options)
+            return _evaluate_layer(context.module, LAYER_CALLS[function], given["x"], **options)
         finally:
             inside = False
 
@@ -83,7 +93,7 @@ def _interceptor() -> Callable[..., Any]:
 def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any = None, domain: Any = None) -> Array:
     """The layer's own evaluation, with the statistics that come out of the tap."""
     x = jnp.asarray(x)
-    name = f"{type(layer).__name__} '{'/'.join(layer.path)}'"
+    name = layer_label(layer)
     if not layer.has_variable("batch_stats", "mean"):
         raise ValueError(
             f"{name} has no stored statistics: `variables` must hold its 'mean' and 'var' in 'batch_stats'. Inside a "

@@ -88,13 +88,13 @@ def summarize(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[
     Args:
         lines: one for each mode, seed and epoch, in this order, with `mode`, `train_accuracy`, `validation_accuracy`
             and `seconds`.
-        tests: one for each mode and seed, in the same order, with `mode`, `test_accuracy`, `batch_independence` and
-            `seconds`.
+        tests: one for each mode and seed, in the same order, with `mode`, `test_accuracy`, `batch_independence`,
+            `exported` and `seconds`.
 
     Returns:
         For each mode `test_accuracy`; the lists `validation_accuracy` and `train_accuracy`, by epoch;
         `epoch_to_epoch_spread` of validation; `seconds` of one seed (training, validation, estimation and test,
-        compilation included); `batch_independence`, a list by seed.
+        compilation included); `batch_independence`, a list by seed; `exported`, whether all seeds were.
     """
     modes = dict.fromkeys(test["mode"] for test in tests)
     return {
@@ -122,6 +122,7 @@ def _summarize_mode(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) ->
             "train_accuracy": train.std(0).tolist(),
         },
         "batch_independence": [test["batch_independence"] for test in tests],
+        "exported": all(test["exported"] for test in tests),
     }
 
 

@@ -9,6 +9,7 @@
 
 `unestimated` and `population` are trained alike, to the bit: only before the test does `population` estimate its
 statistics, with the weights frozen. At the test every prediction is independent of the other examples of its batch.
+Each model is exported for inference, to inference.zip beside its checkpoint, but for `unestimated`, which is refused.
 
     python scripts/train_mnist.py
     python scripts/train_mnist.py --dataset mnist --data-dir DIR --epochs 5
@@ -115,6 +116,15 @@ def batch_independence(variables, images: jax.Array, *, model: CNN) -> dict[str,
     }
 
 
+def export(path: pathlib.Path, variables, images: np.ndarray, *, model: CNN, moments: Any) -> str:
+    """Writes the model for inference, and says why where that is refused."""
+    try:
+        flaxbn.export_inference(model, variables, images, path, moments=moments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def make_norm(config: Config, num_steps: int) -> Callable[..., nn.Module]:
     """The layer; the ramp of renorm, 40 000 steps in the paper, is scaled to the run."""
     if config.norm == "batch":
@@ -204,24 +214,35 @@ def main(config: Config, console: Console) -> None:
                         f"validation {line['validation_accuracy']:.4f} {line['seconds']:6.1f} s"
                     )
 
-            start, variables = time.perf_counter(), state.variables
+            start, variables, moments = time.perf_counter(), state.variables, None
             if mode.estimate:
-                batch_stats = flaxbn.estimate_population_stats(
+                moments = flaxbn.population_moments(
                     model,
                     jax.device_get(variables),
                     loaded.train.images[processes.own_rows(size, config.estimate_samples)],
                     batch_size=batch_size // jax.process_count(),
                     sharding=flaxbn.data_sharding(),
                 )
+                batch_stats = flaxbn.to_batch_stats(moments, jax.device_get(variables["batch_stats"]))
                 variables = {**variables, "batch_stats": processes.place(batch_stats, replicated)}
             test_accuracy = accuracy(variables, test, test_batches, model=model, statistics="running")
             seconds = time.perf_counter() - start
             some = loaded.test.images[:INDEPENDENCE_EXAMPLES]
             independence = batch_independence(jax.device_get(variables), some, model=model)
-            tests.append(
-                {"mode": name, "test_accuracy": test_accuracy, "seconds": seconds, "batch_independence": independence}
-            )
             training.save_model(folder / "model", variables)
+            exporting = (folder / "inference.zip", jax.device_get(variables), some)
+            refused = processes.on_first(functools.partial(export, *exporting, model=model, moments=moments))
+            if refused:
+                console.print(f"{name}, seed {seed}: not exported. {refused}", markup=False, soft_wrap=True)
+            tests.append(
+                {
+                    "mode": name,
+                    "test_accuracy": test_accuracy,
+                    "seconds": seconds,
+                    "batch_independence": independence,
+                    "exported": not refused,
+                }
+            )
 
     if not processes.is_first():
         return

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -18,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
+
+import flaxbn
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -74,11 +77,12 @@ class TestRun:
         assert summary["configuration"]["batch_size"] == 64
         assert {"python", "jax", "flax", "flaxbn", "devices"} <= summary["versions"].keys()
         assert list(summary["modes"]) == MODES
-        for outcome in summary["modes"].values():
+        for mode, outcome in summary["modes"].items():
             assert 0 <= outcome["test_accuracy"] <= 1
             assert len(outcome["validation_accuracy"]) == len(outcome["train_accuracy"]) == 2
             assert outcome["seconds"] > 0
             assert [check["independent"] for check in outcome["batch_independence"]] == [True, True]
+            assert outcome["exported"] == (mode != "unestimated")
         assert any(outcome["seed_spread"]["test_accuracy"] > 0 for outcome in summary["modes"].values())
 
     def test_only_the_test_tells_unestimated_and_population_apart(self, run):
@@ -98,6 +102,18 @@ class TestRun:
         assert all(np.any(stored["population"][path] != value) for path, value in initial.items())
         for path, leaf in leaves(models["population"]["params"]).items():
             np.testing.assert_array_equal(leaf, leaves(models["unestimated"]["params"])[path])
+
+    def test_all_but_unestimated_are_exported(self, run):
+        out, output = run
+        assert re.search(r"unestimated, seed 1: not exported\. .*'BatchNorm_0', .* were never estimated", output)
+        exported = {path.parent.parent.name for path in out.glob("checkpoints/*/seed1/inference.zip")}
+        assert exported == set(MODES) - {"unestimated"}
+        folder, images = out / "checkpoints" / "population" / "seed0", data.load("digits").test.images[:5]
+        inference = flaxbn.load_inference(folder / "inference.zip")
+        model = training.CNN(10, flaxbn.BatchNorm)
+        expected = model.apply(restore(folder / "model"), images)
+        np.testing.assert_allclose(inference(images), expected, rtol=1e-4, atol=1e-4)
+        assert [layer["count"] for layer in inference.metadata["statistics"].values()] == [500 * 16, 500 * 4, 500 * 4]
 
     def test_metrics_and_figure(self, run):
         lines = results.read_lines(run[0] / "metrics.jsonl")
