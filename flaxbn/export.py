@@ -17,7 +17,7 @@ from flaxbn import batches as data
 from flaxbn import inference, observe, stored
 from flaxbn.independence import assert_batch_independent
 from flaxbn.modes import check_evaluation
-from flaxbn.moments import Moments, is_moments
+from flaxbn.moments import Moments
 from flaxbn.observe import Call
 from flaxbn.request import call_directly, check_concrete, check_model
 
@@ -128,8 +128,7 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[stored.Path, np.
             '`variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])`; or leave `moments` '
             "out."
         )
-    found, _ = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)
-    return {stored.dict_names(path): np.asarray(value.count) for path, value in found}
+    return {path: np.asarray(value.count) for path, value in stored.by_path(moments).items()}
 
 
 def _entries_run(model: nn.Module, variables: Any, example: Any, call: Call) -> dict[stored.Path, np.ndarray]:
