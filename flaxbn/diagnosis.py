@@ -13,13 +13,14 @@ from jaxtyping import Array
 
 from flaxbn import batches as data
 from flaxbn import stored
+from flaxbn.batchwise import batch_moments
 from flaxbn.drift import Drift, compare
 from flaxbn.gap import Gap, gap
 from flaxbn.independence import BatchDependenceError, assert_batch_independent, outputs, split
 from flaxbn.moments import merge
 from flaxbn.noise import BatchNoise, noise_among, some_batches
 from flaxbn.observe import Call
-from flaxbn.population import population_moments, to_batch_stats
+from flaxbn.population import to_batch_stats
 from flaxbn.request import call_directly, check_model
 
 Trap = Literal[
@@ -32,7 +33,11 @@ Trap = Literal[
 ]
 NOISE_SHARE = 0.1
 """The part of a normalized value's variance, noise of the batch, from which batches are too small."""
+DRIFT_SHARE = 1e-3
+"""The part of a normalized value's variance up to which a drift is harmless, however small the noise of a batch."""
+_MOSTLY = 0.9
 _PARTS = 8
+_EXAMPLES = 8
 
 CURES: dict[Trap, str] = {
     "not finite": "Find the batch that did it, and estimate the statistics anew: a running average never forgets it.",
@@ -109,6 +114,7 @@ def diagnose(
     batch_size: int,
     call: Call | None = None,
     domain: Callable[[Any], Any] | None = None,
+    only: Callable[[str], bool] | None = None,
     num_batches: int = 64,
     epsilon: float = 1e-5,
 ) -> Diagnosis:
@@ -120,18 +126,21 @@ def diagnose(
 
     | trap | when |
     | --- | --- |
-    | not finite | a stored mean or variance is NaN or infinite, or a variance negative; nothing else is looked at |
-    | training mode at inference | `assert_batch_independent` fails; nothing else is looked at |
+    | not finite | statistics, weights, data or outputs hold NaN or infinities, or a stored variance is negative |
+    | training mode at inference | `assert_batch_independent` fails |
     | never estimated | a layer's stored mean is all 0 and its variance all 1 |
-    | mixed domains | each batch holds one domain, and in a layer the population of all is further from that of one \
-domain than those of its batches are: no shared statistics can be right |
-    | lagging average | else, in a layer the stored statistics are further from the population's than those of a \
-batch are |
-    | batches too small | `BatchNoise.share` of a layer exceeds 0.1: a tenth of what it puts out is noise of the batch |
+    | mixed domains | nine batches in ten or more hold one domain, and the population of all is far from that of one: \
+no shared statistics can be right |
+    | lagging average | else, the stored statistics of a layer are far from the population's |
+    | batches too small | `BatchNoise.typical_share` of a layer exceeds 0.1: a tenth of what half of its channels put \
+out is noise of the batch |
 
-    Distances are root mean squares over the channels, of the mean in standard deviations and of the logarithm of the
-    variance, and must be more than three standard errors of the estimate. A distance within the noise of a batch is no
-    finding: training has shown the network larger ones in every step.
+    After one of the first two nothing else is looked at. *Far* is what changes a layer's output by more than the noise
+    of a batch does, `Drift.share` against `BatchNoise.share`: training has shown the network that much in every step;
+    by more than a thousandth of its variance; and by more than three standard errors of the estimate.
+
+    Layers of `BatchRenorm` are never found to have too small batches: they put out what the running average makes of
+    their input.
 
     Args:
         model: the model.
@@ -142,6 +151,8 @@ batch are |
         batch_size: of the training, on one device where devices do not synchronize.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         domain: `batch -> labels`, one for each example.
+        only: `path -> bool`, the layers that training normalizes by their batches; by default all. Leave
+            out frozen ones.
         num_batches: at most so many batches, drawn at random, always the same; at least 16 for errors worth the name.
         epsilon: what the layers add to the variance.
 
@@ -151,17 +162,33 @@ batch are |
     """
     check_model(model)
     chosen = some_batches(batches, batch_size, num_batches)
-    broken = _not_finite(variables.get("batch_stats", {})) or _mixing(model, variables, chosen[0], call)
+    example = jax.tree.map(lambda a: a[: max(batch_size, _EXAMPLES)], batches)
+    broken = _not_finite(model, variables, example, call) or _mixing(model, variables, example, call)
     if broken:
         return Diagnosis(tuple(broken))
-    moments = [population_moments(model, variables, [batch], call=call, keep_unseen=True) for batch in chosen]
+    moments = [*batch_moments(model, variables, chosen, call=call, only=only)]
     groups = _groups(chosen, moments, domain)
     noise = {label: noise_among(group, batch_size, epsilon=epsilon) for label, group in groups.items()}
     of_layer = by_layer(record for records in noise.values() for record in records)
     kept = variables["batch_stats"]
     drift = compare(kept, _parts(*groups.values()), epsilon=epsilon)
+    untouched = _initial(kept, drift)
+    findings = _never_estimated(untouched, drift)
+    apart = _apart(kept, moments, groups, noise, epsilon)
+    if not apart:
+        moved = [record for record in drift if record.layer not in untouched]
+        apart = _furthest("lagging average", moved, of_layer)
+    findings += [*apart, *_too_small(_by_batch(of_layer, kept))]
+    losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
+    return Diagnosis(tuple(findings), drift, noise, losses)
+
+
+def _apart(
+    kept: Any, moments: Sequence[Any], groups: Mapping[Any, Sequence[Any]], noise: Mapping[Any, Any], epsilon: float
+) -> list[Finding]:
+    """The domain that is furthest from the population of all."""
     pooled = to_batch_stats(jax.device_get(merge(*moments)), kept, keep_unseen=True)
-    apart = [
+    found = [
         finding
         for label, group in groups.items()
         if label is not None
@@ -172,28 +199,25 @@ batch are |
             f", domain {label}",
         )
     ]
-    findings = [
-        *_never_estimated(kept, drift),
-        *sorted(apart, key=lambda finding: -finding.number)[:1],
-        *_too_small(of_layer),
-    ]
-    if not apart and not _never_estimated(kept, drift):
-        findings[:0] = _furthest("lagging average", drift, of_layer)
-    losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
-    return Diagnosis(tuple(findings), drift, noise, losses)
+    return sorted(found, key=lambda finding: -finding.number)[:1]
 
 
-def _not_finite(batch_stats: Any) -> list[Finding]:
-    layers = stored.stored_layers(batch_stats)
-    wrong: dict[str, int] = {}
-    for path, numbers in layers.entries.items():
-        mean, var = stored.flat_statistics(batch_stats, layers._replace(entries={path: numbers}))
-        if count := int(np.sum(~(np.isfinite(mean) & np.isfinite(var) & (var >= 0)))):
-            wrong[stored.layer_name(path)] = count
+def _not_finite(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
+    named = {"batch_stats": variables.get("batch_stats", {}), "params": variables.get("params", {}), "data": batch}
+    leaves = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(named)}
+    wrong = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
+    stored_leaves = stored.named_leaves(named["batch_stats"])
+    negative = [names for names, leaf in stored_leaves.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
+    wrong += [f"stored {stored.layer_name(names)}" for names in negative]
     if not wrong:
-        return []
-    evidence = f"{sum(wrong.values())} channels in {len(wrong)} of {len(layers.entries)} layers are so."
-    return [_finding("not finite", next(iter(wrong)), sum(wrong.values()), 0, evidence)]
+        found = outputs(model, variables, batch, call or call_directly)
+        wrong = [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
+    evidence = f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} should be finite, variances positive."
+    return [_finding("not finite", wrong[0], len(wrong), 0, evidence)] if wrong else []
+
+
+def _is_finite(leaf: Any) -> bool:
+    return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
 
 
 def _mixing(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
@@ -225,7 +249,8 @@ def _groups(chosen: Sequence[Any], moments: Sequence[Any], domain: Callable[[Any
         for batch, found in zip(chosen, moments):
             labels = np.unique(np.asarray(domain(batch))).tolist()
             groups.setdefault(labels[0] if len(labels) == 1 else None, []).append(found)
-    if None in groups or len(groups) < 2:
+    mixed = groups.pop(None, [])
+    if len(groups) < 2 or len(mixed) > (1 - _MOSTLY) * len(chosen):
         return {None: [*moments]}
     few = [label for label, group in groups.items() if len(group) < 2]
     if few:
@@ -236,14 +261,16 @@ def _groups(chosen: Sequence[Any], moments: Sequence[Any], domain: Callable[[Any
 
 
 def _parts(*groups: Sequence[Any]) -> list[Any]:
-    """The moments of at most eight parts, each of batches of all groups."""
+    """The moments of at most eight parts, each of batches of all groups, drawn at random: data may have periods."""
     count = min(_PARTS, *map(len, groups))
-    return [merge(*(found for group in groups for found in group[i::count])) for i in range(count)]
+    orders = [np.random.default_rng(0).permutation(len(group)) for group in groups]
+    return [merge(*(g[k] for g, order in zip(groups, orders) for k in order[i::count])) for i in range(count)]
 
 
-def _never_estimated(batch_stats: Any, drift: Sequence[Drift]) -> list[Finding]:
+def _initial(batch_stats: Any, drift: Sequence[Drift]) -> list[str]:
+    """The names of layers that ran and are as `init` leaves them."""
     leaves, seen = stored.named_leaves(batch_stats), {record.layer for record in drift}
-    names = [
+    return [
         name
         for path in stored.stored_layers(batch_stats).entries
         for name, index in stored.rows(path, np.shape(leaves[(*path, "mean")]))
@@ -251,32 +278,31 @@ def _never_estimated(batch_stats: Any, drift: Sequence[Drift]) -> list[Finding]:
         and not np.any(np.asarray(leaves[(*path, "mean")])[index])
         and np.all(np.asarray(leaves[(*path, "var")])[index] == 1)
     ]
-    if not names:
-        return []
-    evidence = f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {len(seen)} layers."
-    return [_finding("never estimated", names[0], len(names), 0, evidence)]
+
+
+def _never_estimated(names: Sequence[str], drift: Sequence[Drift]) -> list[Finding]:
+    evidence = (
+        f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {len(drift)} layers."
+    )
+    return [_finding("never estimated", names[0], len(names), 0, evidence)] if names else []
 
 
 def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], place: str = "") -> list[Finding]:
-    """The layer whose statistics are further from the population's than a batch's are by the largest factor."""
-    far = [found for record in records if (found := _excess(record, noise.get(record.layer))) is not None]
+    """The layer whose output its statistics change most, against what the noise of a batch does."""
+
+    def limit(record: Drift) -> float:
+        return max(noise[record.layer].share, DRIFT_SHARE)
+
+    known = [record for record in records if record.layer in noise]
+    far = [record for record in known if not record.share <= limit(record)]
     if not far:
         return []
-    factor, what, layer = max(far)
+    worst = max(far, key=lambda record: record.share / limit(record))
     evidence = (
-        f"its {what} is {factor:.1f} times as far from the population's as a batch's is; {len(far)} of {len(records)} "
-        "layers are further than a batch."
+        f"its statistics change the mean square of what it puts out by {worst.share:.1%}, the noise of a batch by "
+        f"{noise[worst.layer].share:.1%}; {len(far)} of {len(known)} layers are far from the population."
     )
-    return [_finding(trap, layer + place, factor, 1, evidence)]
-
-
-def _excess(drift: Drift, noise: BatchNoise | None) -> tuple[float, str, str] | None:
-    """How many times further than a batch, in what, and the layer; None for a drift within that or within errors."""
-    if noise is None or not drift.is_significant:
-        return None
-    pairs = (("mean", drift.rms_shift, noise.mean), ("variance", drift.rms_log_ratio, noise.var))
-    factor, what = max((value / limit if value == value else math.inf, name) for name, value, limit in pairs)
-    return (factor, what, drift.layer) if factor > 1 else None
+    return [_finding(trap, worst.layer + place, worst.share, limit(worst), evidence)]
 
 
 def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
@@ -287,16 +313,23 @@ def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
     return found
 
 
-def _too_small(noise: Mapping[str, BatchNoise]) -> list[Finding]:
-    worst = max(noise.values(), key=lambda record: record.share, default=None)
-    if worst is None or worst.share <= NOISE_SHARE:
+def _by_batch(noise: Mapping[str, BatchNoise], batch_stats: Any) -> list[BatchNoise]:
+    """The noise of layers that put out what the batch makes of their input: those without a counter of renorm steps."""
+    renorm = {stored.layer_name(path[:-1]) for path in stored.named_leaves(batch_stats) if path[-1] == "steps"}
+    return [record for name, record in noise.items() if name.partition("[")[0] not in renorm]
+
+
+def _too_small(noise: Sequence[BatchNoise]) -> list[Finding]:
+    worst = max(noise, key=lambda record: record.typical_share, default=None)
+    if worst is None or worst.typical_share <= NOISE_SHARE:
         return []
-    needed = math.ceil(worst.batch_size * worst.share / NOISE_SHARE)
+    needed = math.ceil(worst.batch_size * worst.typical_share / NOISE_SHARE)
     evidence = (
-        f"{worst.share:.0%} of the variance of what it puts out is noise of its batches of {worst.batch_size}; batches "
-        f"of {needed} bring that to a tenth."
+        f"{worst.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
+        f"batches of {worst.batch_size}. If these are drawn independently, {needed} samples bring that to a tenth; if "
+        "they are sorted, or of one domain each, more do not help: shuffle, or give `domain`."
     )
-    return [_finding("batches too small", worst.layer, worst.share, NOISE_SHARE, evidence)]
+    return [_finding("batches too small", worst.layer, worst.typical_share, NOISE_SHARE, evidence)]
 
 
 def _finding(trap: Trap, where: str, number: float, threshold: float, evidence: str) -> Finding:

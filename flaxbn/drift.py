@@ -35,7 +35,8 @@ class Drift:
         channels: how many it has.
         dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
         count: the weight of the positions behind the estimate, in the channel that has least.
-        shift: `|mean_stored - mean| / s`, in standard deviations.
+        shift: `|mean_stored - mean| / s`, in standard deviations; like all that follow, of the channels that are not
+            dead, 0 if there is none.
         log_ratio: `|log((var_stored + epsilon) / s^2)|`; 0.1 is ten percent of the variance.
         rms_shift, rms_log_ratio: their root mean square over the channels.
         shift_error, log_ratio_error: the standard error of the estimate in the same units, root mean square over the
@@ -54,10 +55,28 @@ class Drift:
     log_ratio_error: float
 
     @property
+    def mean_is_significant(self) -> bool:
+        """Whether the mean differs by more than three standard errors of the estimate, or is NaN."""
+        return not self.rms_shift <= SIGNIFICANT * self.shift_error
+
+    @property
+    def var_is_significant(self) -> bool:
+        """Whether the variance differs by more than three standard errors of the estimate, or is NaN."""
+        return not self.rms_log_ratio <= SIGNIFICANT * self.log_ratio_error
+
+    @property
     def is_significant(self) -> bool:
-        """Whether the mean or the variance differs by more than three standard errors of the estimate, or is NaN."""
-        within = self.rms_shift <= SIGNIFICANT * self.shift_error
-        return not (within and self.rms_log_ratio <= SIGNIFICANT * self.log_ratio_error)
+        """Whether the mean or the variance is."""
+        return self.mean_is_significant or self.var_is_significant
+
+    @property
+    def share(self) -> float:
+        """The mean square change of a normalized value, whose variance is 1.
+
+        At first order it is `shift^2 + log_ratio^2 / 4`; of these the significant ones.
+        """
+        mean = self.rms_shift**2 if self.mean_is_significant else 0.0
+        return mean + (self.rms_log_ratio**2 / 4 if self.var_is_significant else 0.0)
 
 
 def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tuple[Drift, ...]:
@@ -70,9 +89,9 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
 
                 e^2 = K / (K - 1) * sum_k (n_k / n)^2 (m_k - m)^2
 
-            `n_k` being the counts, and `m_k` the mean or the variance of a part. With one tree alone they are `1 /
-            sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all positions were independent
-            and normal: far too small where neighbouring pixels are alike.
+            `n_k` being the counts, and `m_k` the mean or the variance of a part that saw the row. With one part alone
+            they are `1 / sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all positions were
+            independent and normal: far too small where neighbouring pixels are alike.
         epsilon: what the layers add to the variance.
 
     Returns:
@@ -82,6 +101,8 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
     Raises:
         ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape.
     """
+    if isinstance(population, list) and not population:
+        raise ValueError("`population` must be moments, or a list of them: got an empty list.")
     parts = [population] if is_moments(population) or not isinstance(population, list | tuple) else list(population)
     merged = jax.device_get(merge(*parts))
     leaves = stored.named_leaves(batch_stats)
@@ -99,13 +120,15 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
         for name, index in stored.rows(path, np.shape(moments.mean)):
             mean, var, row, *row_parts = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
             if np.all(row.count > 0):
-                records.append(_drift(name, mean, var, row, row_parts, epsilon))
+                seen = [part for part in row_parts if np.all(part.count > 0)]
+                records.append(_drift(name, mean, var, row, seen, epsilon))
     return tuple(records)
 
 
 def _drift(
     name: str, mean: np.ndarray, var: np.ndarray, merged: Moments, parts: Sequence[Moments], epsilon: float
 ) -> Drift:
+    alive = np.asarray(merged.var) > epsilon
     divisor = np.asarray(merged.var, np.float64) + epsilon
     shift = np.abs(mean - np.asarray(merged.mean, np.complex128)) / np.sqrt(divisor)
     with np.errstate(invalid="ignore", divide="ignore"):  # a variance that is negative or NaN shows as NaN
@@ -114,14 +137,14 @@ def _drift(
     return Drift(
         layer=name,
         channels=len(divisor),
-        dead=int(np.sum(merged.var <= epsilon)),
+        dead=int(np.sum(~alive)),
         count=float(np.min(merged.count)),
-        shift=_channels(shift),
-        log_ratio=_channels(log_ratio),
-        rms_shift=_rms(shift),
-        rms_log_ratio=_rms(log_ratio),
-        shift_error=_rms(mean_error / np.sqrt(divisor)),
-        log_ratio_error=_rms(var_error / divisor),
+        shift=_channels(shift[alive]),
+        log_ratio=_channels(log_ratio[alive]),
+        rms_shift=_rms(shift[alive]),
+        rms_log_ratio=_rms(log_ratio[alive]),
+        shift_error=_rms((mean_error / np.sqrt(divisor))[alive]),
+        log_ratio_error=_rms((var_error / divisor)[alive]),
     )
 
 
@@ -142,8 +165,10 @@ def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndar
 
 
 def _channels(values: np.ndarray) -> Channels:
+    if not len(values):
+        return Channels(0.0, 0.0, 0.0)
     return Channels(*(float(v) for v in (np.median(values), np.percentile(values, 95), np.max(values))))
 
 
 def _rms(values: np.ndarray) -> float:
-    return math.sqrt(float(np.mean(np.square(values))))
+    return math.sqrt(float(np.mean(np.square(values)))) if len(values) else 0.0

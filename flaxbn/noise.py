@@ -1,7 +1,7 @@
 """How far the statistics of a batch stray from the population's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from flaxbn import batches as data
 from flaxbn import stored
+from flaxbn.batchwise import batch_moments
 from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
-from flaxbn.population import population_moments
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class BatchNoise:
     Attributes:
         layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
         batch_size: the number of samples in a batch.
-        mean: the root mean square of `(mean_batch - mean) / s` over batches and channels.
+        mean: the root mean square of `(mean_batch - mean) / s` over batches and channels whose variance exceeds
+            `epsilon`.
         var: that of `(var_batch - var) / s^2`.
         enough: the smallest batch size at which both are at most the tolerance.
+        typical_share: `share` of the median channel, which a few channels that are rarely active do not raise.
     """
 
     layer: str
@@ -35,6 +37,7 @@ class BatchNoise:
     mean: float
     var: float
     enough: int
+    typical_share: float
 
     @property
     def share(self) -> float:
@@ -49,6 +52,7 @@ def batch_noise(
     *,
     batch_size: int,
     call: Call | None = None,
+    only: Callable[[str], bool] | None = None,
     tolerance: float = 0.1,
     num_batches: int = 64,
     epsilon: float = 1e-5,
@@ -68,6 +72,7 @@ def batch_noise(
         batches: a pytree of arrays with a common leading sample axis.
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+        only: `path -> bool`, the layers that training normalizes by their batches; by default all.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
         num_batches: at most so many batches, drawn at random, always the same.
         epsilon: what the layers add to the variance.
@@ -81,7 +86,7 @@ def batch_noise(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     chosen = some_batches(batches, batch_size, num_batches)
-    found = [population_moments(model, variables, [batch], call=call, keep_unseen=True) for batch in chosen]
+    found = [*batch_moments(model, variables, chosen, call=call, only=only)]
     return noise_among(found, batch_size, tolerance=tolerance, epsilon=epsilon)
 
 
@@ -105,6 +110,7 @@ def some_batches(arrays: Any, batch_size: int, num_batches: int) -> list[Any]:
     """At most so many batches of consecutive samples, drawn at random, always the same, in their order."""
     data.check_positive("batch_size", batch_size)
     data.check_positive("num_batches", num_batches)
+    data.check_arrays(arrays, batch_size)
     samples = data.count_samples(arrays)
     count = samples // batch_size
     if min(count, num_batches) < 2:
@@ -119,13 +125,16 @@ def some_batches(arrays: Any, batch_size: int, num_batches: int) -> list[Any]:
 def _noise(
     name: str, merged: Moments, each: Sequence[Moments], batch_size: int, tolerance: float, epsilon: float
 ) -> BatchNoise:
-    divisor = np.asarray(merged.var, np.float64) + epsilon
+    alive = np.asarray(merged.var) > epsilon
+    divisor = (np.asarray(merged.var, np.float64) + epsilon)[alive]
     factor = len(each) / (len(each) - 1)
 
-    def rms(deviations: list[Any]) -> float:
-        return math.sqrt(factor * float(np.mean(np.abs(np.stack(deviations)) ** 2)))
+    def mean_square(field: str, unit: np.ndarray) -> np.ndarray:
+        deviations = np.stack([(getattr(m, field) - getattr(merged, field))[alive] / unit for m in each])
+        return factor * np.mean(np.abs(deviations) ** 2, 0)
 
-    mean = rms([(m.mean - merged.mean) / np.sqrt(divisor) for m in each])
-    var = rms([(m.var - merged.var) / divisor for m in each])
+    squares = mean_square("mean", np.sqrt(divisor)), mean_square("var", divisor)
+    mean, var = (math.sqrt(float(np.mean(s))) if alive.any() else 0.0 for s in squares)
     enough = max(2, math.ceil(batch_size * (max(mean, var) / tolerance) ** 2))
-    return BatchNoise(name, batch_size, mean, var, enough)
+    typical = float(np.median(squares[0] + squares[1] / 4)) if alive.any() else 0.0
+    return BatchNoise(name, batch_size, mean, var, enough, typical)

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from flaxbn.diagnosis import Diagnosis, by_layer
-from flaxbn.drift import Drift
+from flaxbn.drift import SIGNIFICANT, Drift
 from flaxbn.noise import BatchNoise
 
 DRIFT, BATCH = "#1f5fa8", "#c8501e"
@@ -70,7 +70,13 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
         places = range(len(records))
         ends = [(getattr(record, channels).median, getattr(record, channels).worst) for record in records]
         lows, highs = zip(*(np.maximum(pair, _LEAST) for pair in ends)) if ends else ((), ())
-        panel.barh(places, [3 * getattr(r, error) for r in records], color="0.85", zorder=0, label="3 standard errors")
+        panel.barh(
+            places,
+            [SIGNIFICANT * getattr(r, error) for r in records],
+            color="0.85",
+            zorder=0,
+            label="3 standard errors",
+        )
         panel.hlines(places, lows, highs, color=DRIFT, label="stored statistics: median to worst channel")
         marks = [max(getattr(record, rms), _LEAST) for record in records]
         panel.plot(marks, places, "o", color=DRIFT, markersize=5, label="root mean square")
@@ -94,13 +100,22 @@ def _parts_of(found: Diagnosis | Sequence[Drift]) -> tuple[Sequence[Drift], Mapp
 
 def _numbers(record: Drift, noise: BatchNoise | None) -> list[str]:
     sides = (
-        (record.rms_shift, record.shift_error, record.shift.worst, noise and noise.mean),
-        (record.rms_log_ratio, record.log_ratio_error, record.log_ratio.worst, noise and noise.var),
+        (record.mean_is_significant, record.rms_shift, record.shift_error, record.shift.worst, noise and noise.mean),
+        (
+            record.var_is_significant,
+            record.rms_log_ratio,
+            record.log_ratio_error,
+            record.log_ratio.worst,
+            noise and noise.var,
+        ),
     )
     columns = []
-    for rms, error, worst, batch in sides:
-        mark = " " if rms <= 3 * error else "*"
-        columns += [f"{rms:.2g}\u00b1{error:.1g}{mark}", f"{worst:.2g}", "-" if batch is None else f"{batch:.2g}"]
+    for marked, rms, error, worst, batch in sides:
+        columns += [
+            f"{rms:.2g}\u00b1{error:.1g}{'*' if marked else ' '}",
+            f"{worst:.2g}",
+            "-" if batch is None else f"{batch:.2g}",
+        ]
     return columns
 
 

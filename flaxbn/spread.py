@@ -50,9 +50,7 @@ def _axis_of_samples(tap: Tap, samples: int) -> int | None:
     """The axis of the input along which the samples seem to lie; None where there is no telling."""
     if tap.axis_name is not None or jnp.iscomplexobj(tap.x):
         return None
-    lengths = {tap.lanes + axis: tap.x.shape[tap.lanes + axis] for axis in tap.axes}
-    multiples = [length for length in lengths.values() if length % samples == 0]
-    axes = [axis for axis, length in lengths.items() if length == min(multiples, default=-1)]
-    axis = axes[0] if len(axes) == 1 else None
+    axes = [tap.lanes + axis for axis in tap.axes if tap.x.shape[tap.lanes + axis] % samples == 0]
+    axis = min(axes, key=lambda axis: tap.x.shape[axis], default=None)  # the first of several alike
     by_example = tap.domain is not None and tap.domain.ndim > tap.lanes
     return None if by_example and axis != tap.lanes else axis

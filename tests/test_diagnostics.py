@@ -1,5 +1,7 @@
 """What diagnostics measure, against float64, against theory, and against the model's own training mode."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,10 +93,48 @@ class TestCompare:
         (record,) = compare({"norm": {"mean": np.full(20, shift), "var": np.full(20, ratio)}}, parts)
         assert record.is_significant == significant
 
-    def test_dead_channels(self):
+    def test_dead_channels_are_counted_and_left_out(self):
         x = RNG.normal(size=(100, 4)) * [1, 0, 1e-4, 1]
-        (record,) = compare({"norm": {"mean": np.zeros(4), "var": np.ones(4)}}, {"norm": moments_of(x)})
-        assert record.dead == 2
+        stored = {"mean": np.array([1, 7, 7, 1]), "var": np.ones(4)}
+        (record,) = compare({"norm": stored}, {"norm": moments_of(x)})
+        (alive,) = compare({"norm": {k: v[[0, 3]] for k, v in stored.items()}}, {"norm": moments_of(x[:, [0, 3]])})
+        assert (record.dead, alive.dead) == (2, 0)
+        assert (record.rms_shift, record.shift, record.log_ratio_error) == (
+            alive.rms_shift,
+            alive.shift,
+            alive.log_ratio_error,
+        )
+        (none,) = compare({"norm": stored}, {"norm": moments_of(0 * x)})
+        assert (none.dead, none.rms_shift, none.is_significant) == (4, 0, False)
+
+    def test_rows_that_some_parts_did_not_see(self):
+        """Domain 1 is in one part of three only: its error is that of a count, and domain 0's that of two parts."""
+        seen = [(0, 1), (0,), ()]
+        parts = []
+        for domains in seen:
+            rows = [
+                moments_of(RNG.normal(size=(400, 50)))
+                if d in domains
+                else flaxbn.Moments(*np.zeros((3, 50), np.float32))
+                for d in range(2)
+            ]
+            parts.append({"norm": flaxbn.Moments(*(np.stack(fields) for fields in zip(*rows)))})
+        kept = {"norm": {"mean": np.zeros((2, 50)), "var": np.ones((2, 50))}}
+        first, second = compare(kept, parts)
+        np.testing.assert_allclose(first.shift_error, 1 / np.sqrt(800), rtol=0.3)  # one degree of freedom, 50 channels
+        np.testing.assert_allclose(second.shift_error, 1 / np.sqrt(400), rtol=0.02)
+
+    def test_no_parts(self):
+        with pytest.raises(ValueError, match="must be moments, or a list of them: got an empty list"):
+            compare({}, [])
+
+    def test_share(self):
+        """At first order the mean square change of a normalized value."""
+        z, mean, var = RNG.normal(size=200_000), 0.03, 1.04
+        change = np.mean(((z - mean) / np.sqrt(var) - z) ** 2)
+        kept = {"norm": {"mean": np.array([mean]), "var": np.array([var])}}
+        (record,) = compare(kept, {"norm": flaxbn.Moments(*np.float32([[1e6], [0], [1]]))})
+        np.testing.assert_allclose(record.share, change, rtol=0.05)
 
     def test_rows_of_domains_are_records_of_their_own(self):
         rows = [moments_of(RNG.normal(i, 1, (50, 4))) for i in range(3)]
@@ -133,6 +173,18 @@ class TestBatchNoise:
         np.testing.assert_allclose(record.mean, batch_size**-0.5, rtol=0.03)
         np.testing.assert_allclose(record.var, np.sqrt(2 / batch_size - 1 / batch_size**2), rtol=0.03)
         np.testing.assert_allclose(record.share, 1 / batch_size + record.var**2 / 4, rtol=0.06)
+        # Of 64 batches: a chi-square's median lies below its mean.
+        np.testing.assert_allclose(record.typical_share, record.share, rtol=0.06)
+
+    def test_a_channel_that_is_rarely_active_is_not_typical(self):
+        """It shows in the root mean square, not in the median."""
+        net, x = Net(features=(5,)), RNG.normal(size=(1024, 4)).astype(np.float32)
+        variables = {**net.init(jax.random.key(0), x[:2])}
+        variables["params"]["Dense_0"]["kernel"] = jnp.eye(4, 5).at[0, 4].set(1)
+        rare = np.concatenate([x[:, :3], np.where(np.arange(1024) % 200 == 7, 10, 0)[:, None]], 1).astype(np.float32)
+        usual, found = (batch_noise(net, variables, given, batch_size=16)[0] for given in (x, rare))
+        assert found.share > 2 * usual.share
+        np.testing.assert_allclose(found.typical_share, usual.typical_share, rtol=0.3)
 
     def test_enough_samples_are_enough(self):
         x = RNG.normal(size=(8192, 4)).astype(np.float32)
@@ -159,6 +211,29 @@ class TestBatchNoise:
     def test_errors(self, options, message):
         with pytest.raises(ValueError, match=message):
             batch_noise(NET, VARIABLES, X, **options)
+
+    def test_batches_that_are_cut_already(self):
+        with pytest.raises(TypeError, match="must be a pytree of arrays where `batch_size` is given"):
+            batch_noise(NET, VARIABLES, [X[:64], X[64:]], batch_size=64)
+
+    def test_only_some_layers(self):
+        (record,) = batch_noise(NET, VARIABLES, X, batch_size=16, only=lambda path: path == "BatchNorm_1")
+        assert record.layer == "BatchNorm_1"
+
+    def test_a_model_that_cannot_be_hashed_is_traced_once(self):
+        traces = []
+
+        class Counted(Net):
+            features: list
+
+            def __call__(self, x):
+                traces.append(x.shape)
+                return super().__call__(x)
+
+        with pytest.raises(TypeError):
+            hash(Counted([6, 5]))
+        batch_noise(Counted([6, 5]), VARIABLES, X, batch_size=16)
+        assert len(traces) <= 2
 
 
 def cross_entropy(logits, batch):
@@ -192,16 +267,39 @@ class TestGap:
             batches, validation, options = iter(cut(DATA, 48)), iter(cut(VALIDATION, 48)), {}
         found = gap(NET, VARIABLES, batches, cross_entropy, call=call, validation=validation, **options)
         assert found.keys() == {None}
-        by_batch = np.concatenate([oracle(batch, True) for batch in cut(DATA, 48)])
-        stored, other = oracle(DATA, False), oracle(VALIDATION, False)
+        training = DATA if given == "stream" else jax.tree.map(lambda a: a[:240], DATA)  # five full batches of 48
+        by_batch = np.concatenate([oracle(batch, True) for batch in cut(training, 48)])
+        stored, other = oracle(training, False), oracle(VALIDATION, False)
         record = found[None]
-        assert record.samples == 256
+        assert record.samples == len(stored)
         np.testing.assert_allclose(record.batch, by_batch.mean(), rtol=1e-5)
         np.testing.assert_allclose(record.stored, stored.mean(), rtol=1e-5)
         np.testing.assert_allclose(record.validation, other.mean(), rtol=1e-5)
         np.testing.assert_allclose(record.normalization, (stored - by_batch).mean(), rtol=1e-4)
         np.testing.assert_allclose(record.rest, other.mean() - stored.mean(), rtol=1e-4)
-        np.testing.assert_allclose(record.error, np.std(stored - by_batch) / np.sqrt(255), rtol=1e-4)
+        deviation = stored - by_batch - np.mean(stored - by_batch)
+        sums = [deviation[i : i + 48].sum() for i in range(0, len(stored), 48)]
+        factor = len(sums) / (len(sums) - 1)
+        np.testing.assert_allclose(record.error, np.sqrt(factor * np.sum(np.square(sums))) / len(stored), rtol=1e-4)
+
+    def test_the_error_is_that_of_repetitions(self):
+        """Forty sets of data: their gaps spread as each of them says of itself."""
+        batch_stats = flaxbn.estimate_population_stats(NET, VARIABLES, RNG.normal(size=(4096, 4)), batch_size=512)
+        variables = {**VARIABLES, "batch_stats": batch_stats}
+        sets = RNG.normal(size=(40, 512, 4)).astype(np.float32)
+
+        @functools.cache
+        def run(k):
+            return gap(NET, variables, sets[k], lambda output, batch: output.sum(-1), batch_size=16)[None]
+
+        spread = np.std([run(k).normalization for k in range(40)])
+        said = np.sqrt(np.mean([run(k).error ** 2 for k in range(40)]))
+        # Forty values have a standard deviation that is good to a ninth.
+        np.testing.assert_allclose(said, spread, rtol=0.35)
+
+    def test_one_batch_has_no_error(self):
+        found = gap(NET, VARIABLES, [DATA], cross_entropy, call=call)[None]
+        assert np.isnan(found.error)
 
     def test_by_domain(self):
         found = gap(
