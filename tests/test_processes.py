@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -30,6 +31,9 @@ ENDED = 60
 """Seconds within which the others end when one fails: a heartbeat of 30 s, and what jax needs to start."""
 
 
+CACHE = tempfile.TemporaryDirectory()
+
+
 def start(script, out, *given, devices, environment=None):
     environment = (
         os.environ
@@ -38,7 +42,10 @@ def start(script, out, *given, devices, environment=None):
             "PYTHONPATH": str(SCRIPTS.parent),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of the time is compilation
+            # Most of the time is compilation, which the runs have in common.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     )
     command = [sys.executable, str(SCRIPTS / script), "--out", str(out), *map(str, given)]

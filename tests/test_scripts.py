@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -30,8 +31,18 @@ data, results, train_mnist, training = map(importlib.import_module, ("data", "re
 MODES = ["none", "running", "unestimated", "population"]
 
 
+CACHE = tempfile.TemporaryDirectory()
+
+
 def start(out, *options):
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPTS.parent),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        # Most of the time is compilation, which the runs have in common.
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, str(SCRIPTS / "train_mnist.py"), "--out", str(out), *map(str, options)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent
