@@ -173,14 +173,12 @@ out is noise of the batch |
     kept = variables["batch_stats"]
     drift = compare(kept, _parts(*groups.values()), epsilon=epsilon)
     untouched = _initial(kept, drift)
-    findings = _never_estimated(untouched, drift)
-    apart = _apart(kept, moments, groups, noise, epsilon)
-    if not apart:
-        moved = [record for record in drift if record.layer not in untouched]
-        apart = _furthest("lagging average", moved, of_layer)
-    findings += [*apart, *_too_small(_by_batch(of_layer, kept))]
+    far = _apart(kept, moments, groups, noise, epsilon)
+    if not far:
+        far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
+    findings = (*_never_estimated(untouched, drift), *far, *_too_small(_by_batch(of_layer, kept)))
     losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
-    return Diagnosis(tuple(findings), drift, noise, losses)
+    return Diagnosis(findings, drift, noise, losses)
 
 
 def _apart(

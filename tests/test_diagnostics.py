@@ -259,6 +259,11 @@ def cut(arrays, size):
     return [jax.tree.map(lambda a, i=i: a[i : i + size], arrays) for i in range(0, len(arrays["label"]), size)]
 
 
+def gap_by_domain(validation):
+    options = {"call": call, "batch_size": 64, "domain": lambda batch: batch["domain"]}
+    return gap(NET, VARIABLES, DATA, cross_entropy, validation=validation, **options)
+
+
 class TestGap:
     @pytest.mark.parametrize("given", ["arrays", "stream"])
     def test_against_the_modes_of_the_model(self, given):
@@ -302,16 +307,7 @@ class TestGap:
         assert np.isnan(found.error)
 
     def test_by_domain(self):
-        found = gap(
-            NET,
-            VARIABLES,
-            DATA,
-            cross_entropy,
-            call=call,
-            batch_size=64,
-            validation=VALIDATION,
-            domain=lambda batch: batch["domain"],
-        )
+        found = gap_by_domain(VALIDATION)
         assert found.keys() == {None, 0, 1}
         by_batch = np.concatenate([oracle(batch, True) for batch in cut(DATA, 64)])
         for label in (0, 1):
@@ -322,16 +318,7 @@ class TestGap:
 
     def test_a_domain_without_validation_data(self):
         some = jax.tree.map(lambda a: a[VALIDATION["domain"] == 0], VALIDATION)
-        found = gap(
-            NET,
-            VARIABLES,
-            DATA,
-            cross_entropy,
-            call=call,
-            batch_size=64,
-            validation=some,
-            domain=lambda batch: batch["domain"],
-        )
+        found = gap_by_domain(some)
         assert found[1].validation is None
         assert found[1].rest is None
 
