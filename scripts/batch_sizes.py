@@ -30,13 +30,14 @@ from typing import Any, NamedTuple
 import data
 import flax.linen as nn
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import results
 import training
 import tyro
 from domain_results import mean_and_spread
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
@@ -207,7 +208,8 @@ def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -
 
 def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, int], title: str) -> None:
     """The variance ratio and the change of the test loss against the batch size, a line for each method."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = fig.subplots(1, 2)
     panels = {
         "variance_ratio": ("Variance of the last layer", "variance / reference"),
         "loss_change": (
@@ -229,10 +231,9 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, i
     fig.suptitle(title, fontsize="medium")
     with results.replacing(path) as partial:
         fig.savefig(partial, format="png", dpi=150)
-    plt.close(fig)
 
 
-def _draw_method(ax: plt.Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
+def _draw_method(ax: Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
     label, marker, color = METHODS[method]
     mean, spread = (
         np.array([tree[method][size][measure] for size in sizes]) for tree in (summary, summary["seed_spread"])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from results import replacing
 from rich.table import Table
 
@@ -138,7 +139,8 @@ def _layer_cells(outcome: dict[str, Any]) -> list[str]:
 def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[str]) -> None:
     """Test accuracy with its spread, a panel for each domain and a row for each test."""
     rows = [(variant, kind) for variant, outcome in summary.items() for kind in tested_with(outcome)]
-    fig, axes = plt.subplots(1, len(names), figsize=(9, 1.2 + 0.23 * len(rows)), sharey=True, layout="constrained")
+    fig = Figure(figsize=(9, 1.2 + 0.23 * len(rows)), layout="constrained")
+    axes = fig.subplots(1, len(names), sharey=True)
     for ax, name in zip(axes, names):
         for y, (variant, kind) in enumerate(rows):
             _draw_test(ax, y, summary[variant], kind, name)
@@ -157,10 +159,9 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[st
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     with replacing(path) as partial:
         fig.savefig(partial, format="png", dpi=150)
-    plt.close(fig)
 
 
-def _draw_test(ax: plt.Axes, y: int, outcome: dict[str, Any], kind: str, name: str) -> None:
+def _draw_test(ax: Axes, y: int, outcome: dict[str, Any], kind: str, name: str) -> None:
     marker, color, label = AS_IN_TRAINING if outcome["consistent"][kind] else NOT_AS_IN_TRAINING
     mean, spread = (tree["test_accuracy"][kind][name] for tree in (outcome, outcome["seed_spread"]))
     ax.errorbar(mean, y, xerr=spread, fmt=marker, color=color, label=label, capsize=3, markersize=5)

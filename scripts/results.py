@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PACKAGES = ("flaxbn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TRAINING, VALIDATION, TEST = "0.6", "#1f5fa8", "#c8501e"
@@ -156,9 +155,8 @@ def table(summary: dict[str, Any]) -> Table:
 def write_figure(path: pathlib.Path, summary: dict[str, Any], title: str) -> None:
     """Training and validation accuracy by epoch and test accuracy at the end, a panel for each mode."""
     epochs = len(next(iter(summary.values()))["validation_accuracy"])
-    fig, axes = plt.subplots(
-        1, len(summary), figsize=(0.6 + 2.6 * len(summary), 2.9), sharey=True, squeeze=False, layout="constrained"
-    )
+    fig = Figure(figsize=(0.6 + 2.6 * len(summary), 2.9), layout="constrained")
+    axes = fig.subplots(1, len(summary), sharey=True, squeeze=False)
     for ax, (mode, outcome) in zip(axes[0], summary.items()):
         _draw_curve(ax, outcome, "train_accuracy", label="training", color=TRAINING)
         _draw_curve(ax, outcome, "validation_accuracy", label="validation", color=VALIDATION)
@@ -169,7 +167,7 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], title: str) -> Non
             xlim=(0.5, epochs + 0.5),
             ylim=(0, 1.03),
         )
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy")
@@ -177,10 +175,9 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], title: str) -> Non
     fig.suptitle(title, fontsize="medium")
     with replacing(path) as partial:
         fig.savefig(partial, format="png", dpi=150)
-    plt.close(fig)
 
 
-def _draw_curve(ax: plt.Axes, outcome: dict[str, Any], key: str, *, label: str, color: str) -> None:
+def _draw_curve(ax: Axes, outcome: dict[str, Any], key: str, *, label: str, color: str) -> None:
     mean, spread = np.array(outcome[key]), np.array(outcome["seed_spread"][key])
     epochs = np.arange(1, len(mean) + 1)
     ax.plot(epochs, mean, "o-", label=label, color=color, markersize=3)
