@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test flax-suite readme lint bench clean
+.PHONY: train domains test flax-suite readme notebooks lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED)-lint: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[lint]'
+	touch $@
+
+$(INSTALLED)-notebooks: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[notebooks]'
 	touch $@
 
 train: $(INSTALLED)
@@ -43,6 +47,15 @@ flax-suite: $(INSTALLED)
 
 readme: $(INSTALLED)
 	$(BIN)/python -m pytest --markdown-docs README.md docs
+
+# DATA_DIR holds the folders mnist and usps; without FULL the notebooks need no files, and are left as they are.
+ifdef DATA_DIR
+  override DATA_DIR := $(abspath $(DATA_DIR))
+endif
+
+notebooks: $(INSTALLED)-notebooks
+	$(if $(FULL),$(BIN)/jupytext --quiet --to ipynb --update notebooks/[0-9]_*.py)
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m pytest notebooks --nbmake --nbmake-timeout=3600 $(if $(FULL),--overwrite) $(ARGS)
 
 lint: $(INSTALLED)-lint
 	$(BIN)/ruff format --check .

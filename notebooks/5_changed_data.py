@@ -1,0 +1,176 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: "1.3"
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # My data changed: can the model be saved without labels?
+#
+# Often. Where the data of deployment has other contrast, noise or blur than that of training, the stored statistics
+# belong to the wrong data. Estimated anew from some unlabelled images of the new kind, with the weights untouched, they
+# take back a good part of the loss.
+
+# %%
+import functools
+
+import lab
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from scipy import ndimage
+
+import flaxbn
+
+data = lab.load()
+size = len(data.train.labels)
+model = lab.network(flaxbn.BatchNorm)
+TARGETS = 1_000  # unlabelled images of the new kind, from the training set
+lab.scale()
+
+# %% [markdown]
+# ## Corruptions
+#
+# Of three kinds, each in four severities and none: what Hendrycks & Dietterich 2019, "Benchmarking Neural Network
+# Robustness to Common Corruptions and Perturbations", do to ImageNet, done to digits.
+
+
+# %%
+def contrast(images, factor, rng):
+    del rng
+    mean = images.mean((1, 2), keepdims=True)
+    return mean + factor * (images - mean)
+
+
+def noise(images, deviation, rng):
+    return images + 255 * deviation * rng.standard_normal(images.shape)
+
+
+def blur(images, width, rng):
+    del rng
+    return ndimage.gaussian_filter(images, (0, width, width, 0))
+
+
+SCALE = data.train.images.shape[1] / 28  # of the width of a blur, so that digits of 8 and of 28 pixels lose as much
+SEVERITIES = {
+    contrast: (1, 0.7, 0.5, 0.3, 0.2),
+    noise: (0, 0.1, 0.2, 0.4, 0.6),
+    blur: tuple(SCALE * width for width in (0, 0.7, 1, 1.5, 2)),
+}
+
+
+@functools.cache
+def corrupted(corruption, severity, part):
+    """The images of a part of the data, uint8 as before."""
+    images = np.asarray(getattr(data, part).images, np.float32)[: TARGETS if part == "train" else None]
+    return np.clip(np.round(corruption(images, severity, np.random.default_rng(0))), 0, 255).astype(np.uint8)
+
+
+# %% [markdown]
+# ## Before and after
+#
+# Trained on clean images, with the population statistics of clean images; then tested on corrupted ones, with these
+# statistics and with those of 1 000 corrupted images, without labels.
+
+# %%
+optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 10 * size // 64))
+
+
+def error(variables, corruption, severity):
+    return lab.error(model, variables, data.test._replace(images=corrupted(corruption, severity, "test")))
+
+
+def re_estimated(variables, images):
+    batch_stats = flaxbn.estimate_population_stats(
+        model, variables, images, batch_size=min(250, len(images)), method="exact"
+    )
+    return {**variables, "batch_stats": batch_stats}
+
+
+NUMBERS = (10, 30, 100, 300, 1000)
+before, after = ({corruption: [] for corruption in SEVERITIES} for _ in range(2))  # [seed][severity]
+by_number = {corruption: [] for corruption in SEVERITIES}  # [seed][number]
+for seed in lab.SEEDS:
+    batches = lab.epochs(2 if lab.FULL else 10, size, 64, seed)
+    state = lab.last(lab.train(model, batches, seed=seed, optimizer=optimizer))
+    clean = re_estimated(state.variables, data.train.images[: 10 * TARGETS])
+    for corruption, severities in SEVERITIES.items():
+        targets = [corrupted(corruption, severity, "train") for severity in severities]
+        before[corruption].append([error(clean, corruption, severity) for severity in severities])
+        after[corruption].append(
+            [error(re_estimated(clean, images), corruption, severity) for images, severity in zip(targets, severities)]
+        )
+        by_number[corruption].append(
+            [error(re_estimated(clean, targets[-1][:number]), corruption, severities[-1]) for number in NUMBERS]
+        )
+
+# %% [markdown]
+# ## The answer in one figure
+
+# %%
+figure = plt.figure(figsize=(12, 4.4))
+rows = figure.subplots(2, 4, height_ratios=(1, 5))
+for column, corruption in enumerate(SEVERITIES):
+    picture, ax = rows[:, column]
+    strip = [corrupted(corruption, severity, "test")[0, :, :, 0] for severity in SEVERITIES[corruption]]
+    picture.imshow(np.concatenate(strip, 1), cmap="gray", vmin=0, vmax=255)
+    picture.set_axis_off()
+    picture.set_title(corruption.__name__)
+    levels = range(len(strip))
+    lab.draw(ax, levels, before[corruption], color=lab.ORANGE, label="statistics of training")
+    lab.draw(ax, levels, after[corruption], color=lab.BLUE, label=f"of {TARGETS} new images", marker="s")
+    ax.set(xlabel="severity", ylim=(0, None))
+    ax.set_xticks(levels)
+rows[1, 0].set_ylabel("test error (%)")
+rows[1, 0].legend(loc="upper left")
+rows[0, 3].set_axis_off()
+for corruption, color, marker in zip(SEVERITIES, ("black", lab.GREEN, lab.GREY), "oD^"):
+    lab.draw(rows[1, 3], NUMBERS, by_number[corruption], color=color, label=corruption.__name__, marker=marker)
+rows[1, 3].set_xscale("log")
+rows[1, 3].set(title="severity 4", xlabel="new images in the estimate", ylim=(0, None))
+rows[1, 3].legend(loc="best")
+plt.show()
+
+# %% [markdown]
+# ## In numbers
+
+# %%
+lab.say(
+    "Clean images: "
+    f"{lab.over_seeds(np.array(before[contrast])[:, 0])} % with the statistics of training, "
+    f"{lab.over_seeds(np.array(after[contrast])[:, 0])} % with those of {TARGETS} images.",
+    *(
+        f"{corruption.__name__.capitalize()}, severities 2 and 4: "
+        + ", ".join(
+            f"{lab.over_seeds(np.array(before[corruption])[:, level])} → "
+            f"{lab.over_seeds(np.array(after[corruption])[:, level])} %"
+            for level in (2, 4)
+        )
+        + f"; severity 4 with {NUMBERS[0]} images: {lab.over_seeds(np.array(by_number[corruption])[:, 0])} %."
+        for corruption in SEVERITIES
+    ),
+)
+
+# %% [markdown]
+# ## What follows
+#
+# - Unlabelled images of the new kind are enough, and a hundred do nearly as well as a thousand; ten are better than the
+#   statistics of training where the corruption is severe. Where nothing has changed, nothing is lost.
+# - It is a repair of the statistics only: what a corruption has erased stays erased. `flaxbn.diagnostics.compare` of
+#   the stored statistics with moments of the new data shows how far they are apart without any label.
+# - The estimate must hold all classes in the proportions that are to be met: statistics of zeros alone are statistics
+#   of zeros.
+#
+# ## Against the literature
+#
+# Table 4 of Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", re-estimates on 1 000 corrupted images of ImageNet-C:
+# contrast 40.8 → 33.1 % error, Gaussian noise 64.4 → 52.5 %, JPEG 40.4 → 36.7 %. The direction is the same for every
+# corruption here. What differs is the size: contrast and blur gain far more here, since they change little but the mean
+# and the variance of a digit; noise gains least.
