@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test flax-suite readme lint bench clean
+.PHONY: train domains test flax-suite readme docs lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED)-lint: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[lint]'
+	touch $@
+
+$(INSTALLED)-docs: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 train: $(INSTALLED)
@@ -44,6 +48,9 @@ flax-suite: $(INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/python -m pytest --markdown-docs README.md docs
 
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -58,4 +65,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py
 
 clean:
-	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
