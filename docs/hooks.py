@@ -16,7 +16,12 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Turns those names into names of pages, and leaves out what in a fence is meant for the tests."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turns those names into names of pages, and leaves out what in a fence is meant for the tests.
+
+    A page beside no others needs no list of pages at its side.
+    """
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
     markdown = markdown.replace("../benchmarks/results/", "benchmarks/")
     return re.sub(r"^```(\w+) (continuation|notest)$", r"```\1", markdown, flags=re.MULTILINE)
