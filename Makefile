@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test flax-suite readme notebooks lint bench clean
+.PHONY: train domains test flax-suite readme docs notebooks lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ $(INSTALLED)-lint: $(INSTALLED)
 
 $(INSTALLED)-notebooks: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[notebooks]'
+	touch $@
+
+$(INSTALLED)-docs: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 train: $(INSTALLED)
@@ -57,6 +61,9 @@ notebooks: $(INSTALLED)-notebooks
 	$(if $(FULL),$(BIN)/jupytext --quiet --to ipynb --update notebooks/[0-9]_*.py)
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m pytest notebooks --nbmake --nbmake-timeout=3600 $(if $(FULL),--overwrite) $(ARGS)
 
+docs: $(INSTALLED)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,4 +78,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py
 
 clean:
-	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site

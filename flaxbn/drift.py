@@ -38,9 +38,10 @@ class Drift:
         shift: `|mean_stored - mean| / s`, in standard deviations; like all that follow, of the channels that are not
             dead, 0 if there is none.
         log_ratio: `|log((var_stored + epsilon) / s^2)|`; 0.1 is ten percent of the variance.
-        rms_shift, rms_log_ratio: their root mean square over the channels.
-        shift_error, log_ratio_error: the standard error of the estimate in the same units, root mean square over the
-            channels.
+        rms_shift: the root mean square of `shift` over the channels.
+        rms_log_ratio: that of `log_ratio`.
+        shift_error: the standard error of the estimate in the unit of `shift`, root mean square over the channels.
+        log_ratio_error: that in the unit of `log_ratio`.
     """
 
     layer: str

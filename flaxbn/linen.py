@@ -26,7 +26,8 @@ class BatchNorm(nn.Module):
     with one `mean` and (biased) `var` for every channel: in training those of the batch, over positions i of weight
     w_i (1 without a mask), in evaluation the running average of these.
 
-        mean = sum_i w_i x_i / sum_i w_i        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
+        mean = sum_i w_i x_i / sum_i w_i
+        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
 
     With `num_domains` there is one pair for every domain, whose sums run over the positions of its examples.
 
@@ -44,8 +45,10 @@ class BatchNorm(nn.Module):
         epsilon: what is added to the variance.
         dtype: of the output; by default that to which the input and the parameters promote.
         param_dtype: of `scale` and `bias`.
-        use_bias, use_scale: whether there is a `bias`, a `scale`.
-        bias_init, scale_init: their initializers.
+        use_bias: whether there is a `bias`.
+        use_scale: whether there is a `scale`.
+        bias_init: the initializer of `bias`.
+        scale_init: that of `scale`.
         axis_name: the axis of `jax.pmap`, `jax.vmap` or `jax.shard_map` over which batch statistics are merged,
             weighted by count. Under `jax.jit` with sharded arrays none is needed.
         axis_index_groups: merge within these groups of the axis only.

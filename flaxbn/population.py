@@ -306,7 +306,6 @@ def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False)
     Args:
         moments: a tree as `population_moments` returns, or several merged by `flaxbn.merge`.
         batch_stats: the tree to take everything else from: structure, container types, dtypes, metadata, other layers.
-
         keep_unseen: keep the old statistics of channels whose count is 0, where it is an error otherwise.
 
     Raises:

@@ -187,3 +187,13 @@ def test_a_float32_running_average_settles():
     for _ in range(2000):
         old = step(old)
     np.testing.assert_allclose(old, 2.0, rtol=1e-5)  # stalls where 1 % of the rest is half a unit in the last place
+
+
+def test_the_weights_of_past_updates():
+    """After t updates the initial value weighs momentum^t, and the batch j updates ago (1 - momentum) momentum^j."""
+    momentum, values = 0.9, np.random.default_rng(0).normal(size=31)
+    old = values[0]
+    for new in values[1:]:
+        old = ema(old, new, momentum)
+    past = (1 - momentum) * momentum ** np.arange(30)
+    np.testing.assert_allclose(old, momentum**30 * values[0] + past @ values[:0:-1], rtol=1e-12)
