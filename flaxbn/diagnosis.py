@@ -18,6 +18,7 @@ from flaxbn.drift import Drift, compare
 from flaxbn.gap import Gap, gap
 from flaxbn.independence import BatchDependenceError, assert_batch_independent, outputs, split
 from flaxbn.moments import merge
+from flaxbn.naming import layer_name
 from flaxbn.noise import BatchNoise, noise_among, some_batches
 from flaxbn.observe import Call
 from flaxbn.population import to_batch_stats
@@ -206,7 +207,7 @@ def _not_finite(model: nn.Module, variables: Mapping[str, Any], batch: Any, call
     wrong = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
     stored_leaves = stored.named_leaves(named["batch_stats"])
     negative = [names for names, leaf in stored_leaves.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
-    wrong += [f"stored {stored.layer_name(names)}" for names in negative]
+    wrong += [f"stored {layer_name(names)}" for names in negative]
     if not wrong:
         found = outputs(model, variables, batch, call or call_directly)
         wrong = [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
@@ -313,7 +314,7 @@ def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
 
 def _by_batch(noise: Mapping[str, BatchNoise], batch_stats: Any) -> list[BatchNoise]:
     """The noise of layers that put out what the batch makes of their input: those without a counter of renorm steps."""
-    renorm = {stored.layer_name(path[:-1]) for path in stored.named_leaves(batch_stats) if path[-1] == "steps"}
+    renorm = {layer_name(path[:-1]) for path in stored.named_leaves(batch_stats) if path[-1] == "steps"}
     return [record for name, record in noise.items() if name.partition("[")[0] not in renorm]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxbn import stored
 from flaxbn.moments import Moments, is_moments, merge
+from flaxbn.naming import layer_name
 
 SIGNIFICANT = 3.0
 """Standard errors from which a drift is told apart from the error of the estimate."""
@@ -112,7 +113,7 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
         kept = [leaves.get((*path, field)) for field in ("mean", "var")]
         if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
             raise ValueError(
-                f"`batch_stats` must hold the layers of `population` in their shapes: '{stored.layer_name(path)}' has "
+                f"`batch_stats` must hold the layers of `population` in their shapes: '{layer_name(path)}' has "
                 f"moments of shape {np.shape(moments.mean)}, and stored is "
                 f"{[None if field is None else np.shape(field) for field in kept]}."
             )

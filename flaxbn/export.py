@@ -18,6 +18,7 @@ from flaxbn import inference, observe, stored
 from flaxbn.independence import assert_batch_independent
 from flaxbn.modes import check_evaluation
 from flaxbn.moments import Moments
+from flaxbn.naming import layer_name, layer_path
 from flaxbn.observe import Call
 from flaxbn.request import call_directly, check_concrete, check_model
 
@@ -85,7 +86,7 @@ def export_inference(
     entries = _entries_run(model, variables, example, function)
     _check_estimated(variables, entries, counts)
     assert_batch_independent(model, variables, example, call=call)
-    layers = {stored.layer_name(path): {"count": _brief(counts.get(path))} for path in entries}
+    layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in entries}
     about = {"versions": _versions(), "statistics": layers}
     exported = _exported(model, variables, example, function, platforms)
     _check_containers("What `call` returns", exported.out_tree)
@@ -122,7 +123,7 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[stored.Path, np.
     again = stored.named_leaves(stored.replace_statistics(batch_stats, moments, keep_unseen=True))
     differing = {p[:-1] for p, leaf in stored.named_leaves(batch_stats).items() if not np.array_equal(leaf, again[p])}
     if differing:
-        names = ", ".join(f"'{stored.layer_name(path)}'" for path in sorted(differing))
+        names = ", ".join(f"'{layer_name(path)}'" for path in sorted(differing))
         raise ValueError(
             f"`moments` must be those behind the statistics in `variables`: they are not in {names}. Put them there: "
             '`variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])`; or leave `moments` '
