@@ -17,12 +17,14 @@ from flaxbn.batchwise import batch_moments
 from flaxbn.drift import Drift, compare
 from flaxbn.gap import Gap, gap
 from flaxbn.independence import BatchDependenceError, assert_batch_independent, outputs, split
+from flaxbn.initial import never_estimated
 from flaxbn.moments import merge
 from flaxbn.naming import layer_name
 from flaxbn.noise import BatchNoise, noise_among, some_batches
 from flaxbn.observe import Call
 from flaxbn.population import to_batch_stats
 from flaxbn.request import call_directly, check_model
+from flaxbn.rows import RowsByLayer, rows_of
 
 Trap = Literal[
     "not finite",
@@ -168,22 +170,29 @@ out is noise of the batch |
     if broken:
         return Diagnosis(tuple(broken))
     moments = [*batch_moments(model, variables, chosen, call=call, only=only)]
+    rows = rows_of(model, variables, chosen[0], call=call)
     groups = _groups(chosen, moments, domain)
-    noise = {label: noise_among(group, batch_size, epsilon=epsilon) for label, group in groups.items()}
+    noise = {label: noise_among(group, batch_size, rows, epsilon=epsilon) for label, group in groups.items()}
     of_layer = by_layer(record for records in noise.values() for record in records)
     kept = variables["batch_stats"]
-    drift = compare(kept, _parts(*groups.values()), epsilon=epsilon)
-    untouched = _initial(kept, drift)
-    far = _apart(kept, moments, groups, noise, epsilon)
+    drift = compare(kept, _parts(*groups.values()), rows=rows, epsilon=epsilon)
+    ran = {record.layer for record in drift}
+    untouched = [row.name for row in never_estimated(kept, rows) if row.name in ran]
+    far = _apart(kept, moments, groups, noise, rows, epsilon)
     if not far:
         far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
-    findings = (*_never_estimated(untouched, drift), *far, *_too_small(_by_batch(of_layer, kept)))
+    findings = (*_never_estimated(untouched, drift), *far, *_too_small(_by_batch(of_layer, kept, rows)))
     losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
     return Diagnosis(findings, drift, noise, losses)
 
 
 def _apart(
-    kept: Any, moments: Sequence[Any], groups: Mapping[Any, Sequence[Any]], noise: Mapping[Any, Any], epsilon: float
+    kept: Any,
+    moments: Sequence[Any],
+    groups: Mapping[Any, Sequence[Any]],
+    noise: Mapping[Any, Any],
+    rows: RowsByLayer,
+    epsilon: float,
 ) -> list[Finding]:
     """The domain that is furthest from the population of all."""
     pooled = to_batch_stats(jax.device_get(merge(*moments)), kept, keep_unseen=True)
@@ -193,7 +202,7 @@ def _apart(
         if label is not None
         for finding in _furthest(
             "mixed domains",
-            compare(pooled, _parts(group), epsilon=epsilon),
+            compare(pooled, _parts(group), rows=rows, epsilon=epsilon),
             by_layer(noise[label]),
             f", domain {label}",
         )
@@ -266,19 +275,6 @@ def _parts(*groups: Sequence[Any]) -> list[Any]:
     return [merge(*(g[k] for g, order in zip(groups, orders) for k in order[i::count])) for i in range(count)]
 
 
-def _initial(batch_stats: Any, drift: Sequence[Drift]) -> list[str]:
-    """The names of layers that ran and are as `init` leaves them."""
-    leaves, seen = stored.named_leaves(batch_stats), {record.layer for record in drift}
-    return [
-        name
-        for path in stored.stored_layers(batch_stats).entries
-        for name, index in stored.rows(path, np.shape(leaves[(*path, "mean")]))
-        if name in seen
-        and not np.any(np.asarray(leaves[(*path, "mean")])[index])
-        and np.all(np.asarray(leaves[(*path, "var")])[index] == 1)
-    ]
-
-
 def _never_estimated(names: Sequence[str], drift: Sequence[Drift]) -> list[Finding]:
     evidence = (
         f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {len(drift)} layers."
@@ -312,10 +308,11 @@ def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
     return found
 
 
-def _by_batch(noise: Mapping[str, BatchNoise], batch_stats: Any) -> list[BatchNoise]:
+def _by_batch(noise: Mapping[str, BatchNoise], batch_stats: Any, rows: RowsByLayer) -> list[BatchNoise]:
     """The noise of layers that put out what the batch makes of their input: those without a counter of renorm steps."""
-    renorm = {layer_name(path[:-1]) for path in stored.named_leaves(batch_stats) if path[-1] == "steps"}
-    return [record for name, record in noise.items() if name.partition("[")[0] not in renorm]
+    leaves = stored.named_leaves(batch_stats)
+    renorm = {row.name for path, of_layer in rows.items() if (*path, "steps") in leaves for row in of_layer}
+    return [record for name, record in noise.items() if name not in renorm]
 
 
 def _too_small(noise: Sequence[BatchNoise]) -> list[Finding]:

@@ -12,3 +12,5 @@ from flaxbn.noise import BatchNoise as BatchNoise
 from flaxbn.noise import batch_noise as batch_noise
 from flaxbn.report import figure as figure
 from flaxbn.report import table as table
+from flaxbn.rows import Row as Row
+from flaxbn.rows import rows_of as rows_of

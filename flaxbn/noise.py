@@ -14,6 +14,7 @@ from flaxbn import stored
 from flaxbn.batchwise import batch_moments
 from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
+from flaxbn.rows import RowsByLayer, rows_of, seen_rows
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,23 @@ def batch_noise(
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     chosen = some_batches(batches, batch_size, num_batches)
     found = [*batch_moments(model, variables, chosen, call=call, only=only)]
-    return noise_among(found, batch_size, tolerance=tolerance, epsilon=epsilon)
+    rows = rows_of(model, variables, chosen[0], call=call)
+    return noise_among(found, batch_size, rows, tolerance=tolerance, epsilon=epsilon)
 
 
 def noise_among(
-    moments: Sequence[Any], batch_size: int, *, tolerance: float = 0.1, epsilon: float = 1e-5
+    moments: Sequence[Any], batch_size: int, rows: RowsByLayer, *, tolerance: float = 0.1, epsilon: float = 1e-5
 ) -> tuple[BatchNoise, ...]:
     """`batch_noise` from the moments of at least two batches of one population, as `population_moments` gives them."""
     each = [stored.by_path(jax.device_get(tree)) for tree in moments]
     records: list[BatchNoise] = []
     for path, merged in stored.by_path(jax.device_get(merge(*moments))).items():
         everything = merged, *(by_path[path] for by_path in each)
-        for name, index in stored.rows(path, np.shape(merged.mean)):
-            whole, *rows = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
-            seen = [row for row in rows if np.all(row.count > 0)]
+        for row in seen_rows(rows, path, merged.count):
+            whole, *parts = row.of(everything)
+            seen = [part for part in parts if np.all(part.count > 0)]
             if len(seen) > 1:
-                records.append(_noise(name, whole, seen, batch_size, tolerance, epsilon))
+                records.append(_noise(row.name, whole, seen, batch_size, tolerance, epsilon))
     return tuple(records)
 
 

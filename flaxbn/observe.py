@@ -113,6 +113,7 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
         "axes": axes,
         "layer": name,
         "lanes": 0,
+        "channel_rank": len(features),
         "axis_name": layer.axis_name if is_bound(layer.axis_name) else None,
         "axis_index_groups": None if groups is None else tuple(map(tuple, groups)),
         "has_weights": mask is not None,

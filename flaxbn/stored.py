@@ -1,6 +1,6 @@
 """The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -187,12 +187,6 @@ def unseen(path: Path, moments: Moments) -> str:
     rows = missing.reshape(len(missing), -1).any(1)
     place = f"'{layer_name(path)}'"
     return f"{place} (at {np.flatnonzero(rows).tolist()})" if missing.ndim > 1 and not missing.all() else place
-
-
-def rows(path: Sequence[str], shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The rows of a layer's statistics along their last axis: their names for reports, and their indices."""
-    for index in np.ndindex(*shape[:-1]):
-        yield f"{layer_name(path)}[{', '.join(map(str, index))}]" if index else layer_name(path), index
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
