@@ -1,7 +1,7 @@
 """How far the statistics of a batch stray from the population's."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from flaxbn import batches as data
 from flaxbn import stored
 from flaxbn.batchwise import batch_moments
+from flaxbn.chosen import some_batches
 from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
 from flaxbn.rows import RowsByLayer, rows_of, seen_rows
@@ -31,6 +32,7 @@ class BatchNoise:
         var: that of `(var_batch - var) / s^2`.
         enough: the smallest batch size at which both are at most the tolerance.
         typical_share: `share` of the median channel, which a few channels that are rarely active do not raise.
+        batches: how many batches say so.
     """
 
     layer: str
@@ -39,6 +41,7 @@ class BatchNoise:
     var: float
     enough: int
     typical_share: float
+    batches: int
 
     @property
     def share(self) -> float:
@@ -51,14 +54,14 @@ def batch_noise(
     variables: Mapping[str, Any],
     batches: Any,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     call: Call | None = None,
     only: Callable[[str], bool] | None = None,
     tolerance: float = 0.1,
     num_batches: int = 64,
     epsilon: float = 1e-5,
 ) -> tuple[BatchNoise, ...]:
-    """How far batches of `batch_size` samples stray from their population in each layer, the weights being frozen.
+    """How far batches of one size stray from their population in each layer, the weights being frozen.
 
     Each batch is normalized by itself in all layers, as in training. Its moments are compared with those of all
     batches, merged; since those hold the batch itself, squares are multiplied by `K / (K - 1)` for K batches.
@@ -70,26 +73,28 @@ def batch_noise(
     Args:
         model: the model.
         variables: its variables; read only.
-        batches: a pytree of arrays with a common leading sample axis.
+        batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of
+            batches of one size, which is read once, up to `num_batches` batches. A smaller last one is left out.
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
-        num_batches: at most so many batches, drawn at random, always the same.
+        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first.
         epsilon: what the layers add to the variance.
 
     Returns:
         A record for each layer; for layers with several rows of statistics one for each row that saw data.
 
     Raises:
-        ValueError: if there are fewer than two batches, or the tolerance is not positive.
+        ValueError: if there are fewer than two batches, or of several sizes; or the tolerance is not positive.
+        TypeError: if `batches` does not fit `batch_size`.
     """
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     chosen = some_batches(batches, batch_size, num_batches)
     found = [*batch_moments(model, variables, chosen, call=call, only=only)]
     rows = rows_of(model, variables, chosen[0], call=call)
-    return noise_among(found, batch_size, rows, tolerance=tolerance, epsilon=epsilon)
+    return noise_among(found, data.count_samples(chosen[0]), rows, tolerance=tolerance, epsilon=epsilon)
 
 
 def noise_among(
@@ -108,20 +113,12 @@ def noise_among(
     return tuple(records)
 
 
-def some_batches(arrays: Any, batch_size: int, num_batches: int) -> list[Any]:
-    """At most so many batches of consecutive samples, drawn at random, always the same, in their order."""
-    data.check_positive("batch_size", batch_size)
-    data.check_positive("num_batches", num_batches)
-    data.check_arrays(arrays, batch_size)
-    samples = data.count_samples(arrays)
-    count = samples // batch_size
-    if min(count, num_batches) < 2:
-        raise ValueError(
-            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
-            f"`num_batches={num_batches}`."
-        )
-    chosen = np.sort(np.random.default_rng(0).permutation(count)[:num_batches]) * batch_size
-    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], arrays) for i in chosen.tolist()]
+def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
+    """The largest noise of each layer."""
+    found: dict[str, BatchNoise] = {}
+    for record in sorted(records, key=lambda record: record.share):
+        found[record.layer] = record
+    return found
 
 
 def _noise(
@@ -139,4 +136,4 @@ def _noise(
     mean, var = (math.sqrt(float(np.mean(s))) if alive.any() else 0.0 for s in squares)
     enough = max(2, math.ceil(batch_size * (max(mean, var) / tolerance) ** 2))
     typical = float(np.median(squares[0] + squares[1] / 4)) if alive.any() else 0.0
-    return BatchNoise(name, batch_size, mean, var, enough, typical)
+    return BatchNoise(name, batch_size, mean, var, enough, typical, len(each))
