@@ -39,6 +39,14 @@ def test_an_iterable_is_diagnosed_as_its_arrays_are(form):
     assert diagnosed(form(cut(DATA))) == diagnosed(DATA, batch_size=16)
 
 
+def test_each_domain_is_shuffled_by_itself():
+    found = diagnosed(DATA, batch_size=16)
+    for label in (0, 1):
+        alone = [batch["x"] for batch in some_batches(DATA, 16, 64) if batch["domain"][0] == label]
+        assert found.shuffled[label] == batch_noise(MODEL, VARIABLES, reshuffled(alone))
+        assert found.noise[label] == batch_noise(MODEL, VARIABLES, alone)
+
+
 def test_the_noise_of_an_iterable():
     assert batch_noise(MODEL, VARIABLES, cut(X)) == batch_noise(MODEL, VARIABLES, X, batch_size=16)
 

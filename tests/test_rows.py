@@ -9,6 +9,8 @@ import pytest
 
 import flaxbn
 from flaxbn import diagnostics
+from flaxbn.diagnostics import Row
+from flaxbn.initial import never_estimated
 
 RNG = np.random.default_rng(0)
 X = (RNG.normal(3, 1, (128, 3, 4)) * [1, 2, 3, 4] + np.arange(3)[:, None]).astype(np.float32)
@@ -212,6 +214,15 @@ def test_channels_that_happen_to_be_initial_are_no_row(tmp_path):
     found = diagnostics.diagnose(model, variables, DATA, losses, batch_size=BATCH)
     assert "never estimated" not in {finding.trap for finding in found.findings}
     flaxbn.export_inference(model, variables, {"x": X}, tmp_path / "model.zip", platforms=("cpu",))
+
+
+@pytest.mark.parametrize(("field", "value"), [("mean", 0.1), ("var", 1.1), ("var", np.nan)])
+def test_one_channel_that_is_not_initial_is_enough(field, value):
+    kept = {"mean": np.zeros(4), "var": np.ones(4)}
+    rows = {("norm",): [Row(("norm",), "", np.arange(4))]}
+    assert [row.name for row in never_estimated({"norm": kept}, rows)] == ["norm"]
+    kept[field][2] = value
+    assert never_estimated({"norm": kept}, rows) == []
 
 
 def test_a_domain_without_data_is_left_out_where_domains_are_not_the_first_axis():
