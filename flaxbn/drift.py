@@ -33,7 +33,8 @@ class Drift:
     With `s^2 = var + epsilon` of the population, by which the layer divides:
 
     Attributes:
-        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
+            "(the model itself)" for a model that is a single layer.
         channels: how many it has.
         dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
         count: the weight of the positions behind the estimate, in the channel that has least.

@@ -25,7 +25,8 @@ class BatchNoise:
     With `s^2 = var + epsilon` of the population:
 
     Attributes:
-        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
+            "(the model itself)" for a model that is a single layer.
         batch_size: the number of samples in a batch.
         mean: the root mean square of `(mean_batch - mean) / s` over batches and channels whose variance exceeds
             `epsilon`.
