@@ -10,6 +10,8 @@ import numpy as np
 
 from flaxbn import stored
 from flaxbn.moments import Moments, is_moments, merge
+from flaxbn.naming import layer_name
+from flaxbn.rows import RowsByLayer, seen_rows
 
 SIGNIFICANT = 3.0
 """Standard errors from which a drift is told apart from the error of the estimate."""
@@ -31,7 +33,8 @@ class Drift:
     With `s^2 = var + epsilon` of the population, by which the layer divides:
 
     Attributes:
-        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
+            "(the model itself)" for a model that is a single layer.
         channels: how many it has.
         dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
         count: the weight of the positions behind the estimate, in the channel that has least.
@@ -80,7 +83,9 @@ class Drift:
         return mean + (self.rms_log_ratio**2 / 4 if self.var_is_significant else 0.0)
 
 
-def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tuple[Drift, ...]:
+def compare(
+    batch_stats: Any, population: Any, *, rows: RowsByLayer | None = None, epsilon: float = 1e-5
+) -> tuple[Drift, ...]:
     """Stored statistics against those of data, a record for each layer.
 
     Args:
@@ -93,6 +98,9 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
             `n_k` being the counts, and `m_k` the mean or the variance of a part that saw the row. With one part alone
             they are `1 / sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all positions were
             independent and normal: far too small where neighbouring pixels are alike.
+        rows: from `rows_of`, which channels of a layer are normalized together. By default those along the last axis
+            of its statistics, as with `num_domains`, and in `nn.scan` and `nn.vmap` that stack along axis 0; it must be
+            given for layers with several feature axes, and for statistics that are stacked along another axis.
         epsilon: what the layers add to the variance.
 
     Returns:
@@ -100,7 +108,8 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
         layers in a scan) one for each row that saw data.
 
     Raises:
-        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape.
+        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or a row saw data in
+            some of its channels only.
     """
     if isinstance(population, list) and not population:
         raise ValueError("`population` must be moments, or a list of them: got an empty list.")
@@ -113,16 +122,15 @@ def compare(batch_stats: Any, population: Any, *, epsilon: float = 1e-5) -> tupl
         kept = [leaves.get((*path, field)) for field in ("mean", "var")]
         if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
             raise ValueError(
-                f"`batch_stats` must hold the layers of `population` in their shapes: '{stored.layer_name(path)}' has "
+                f"`batch_stats` must hold the layers of `population` in their shapes: '{layer_name(path)}' has "
                 f"moments of shape {np.shape(moments.mean)}, and stored is "
                 f"{[None if field is None else np.shape(field) for field in kept]}."
             )
         everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
-        for name, index in stored.rows(path, np.shape(moments.mean)):
-            mean, var, row, *row_parts = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
-            if np.all(row.count > 0):
-                seen = [part for part in row_parts if np.all(part.count > 0)]
-                records.append(_drift(name, mean, var, row, seen, epsilon))
+        for row in seen_rows(rows, path, moments.count):
+            mean, var, whole, *row_parts = row.of(everything)
+            seen = [part for part in row_parts if np.all(part.count > 0)]
+            records.append(_drift(row.name, mean, var, whole, seen, epsilon))
     return tuple(records)
 
 

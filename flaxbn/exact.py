@@ -21,6 +21,7 @@ from flaxbn import batches as data
 from flaxbn import mesh, probe, stored
 from flaxbn.hosts import together
 from flaxbn.lockstep import Batch, run
+from flaxbn.naming import layer_name
 from flaxbn.observe import Call
 from flaxbn.planning import Plan, make_plan
 from flaxbn.request import Request, request
@@ -170,7 +171,7 @@ def _plan(asked: Request, batches: Sequence[Batch], memory_limit: int | None) ->
     names = []
     for entries in batches[0].segments.entries:
         path = next(path for path, own in asked.layers.entries.items() if np.isin(own, entries).any())
-        names.append(stored.layer_name(path))
+        names.append(layer_name(path))
     samples = sum(batch.size for batch in batches)
     shards = data.shards(asked.setting.sharding)
     return make_plan(names, [batch.segments for batch in batches], samples, shards, memory_limit)

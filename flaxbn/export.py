@@ -14,12 +14,14 @@ import numpy as np
 from flax.core import DenyList
 
 from flaxbn import batches as data
-from flaxbn import inference, observe, stored
+from flaxbn import inference, stored
 from flaxbn.independence import assert_batch_independent
+from flaxbn.initial import never_estimated
 from flaxbn.modes import check_evaluation
-from flaxbn.moments import Moments
+from flaxbn.naming import layer_name, layer_path
 from flaxbn.observe import Call
 from flaxbn.request import call_directly, check_concrete, check_model
+from flaxbn.rows import RowsByLayer, rows_of
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -82,10 +84,10 @@ def export_inference(
     variables, example = jax.device_get(dict(variables)), jax.tree.map(jnp.asarray, example)
     check_evaluation(model, variables, example, function)
     counts = _counts(variables, moments)
-    entries = _entries_run(model, variables, example, function)
-    _check_estimated(variables, entries, counts)
+    rows = rows_of(model, variables, example, call=call)
+    _check_estimated(variables, rows, counts)
     assert_batch_independent(model, variables, example, call=call)
-    layers = {stored.layer_name(path): {"count": _brief(counts.get(path))} for path in entries}
+    layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in rows}
     about = {"versions": _versions(), "statistics": layers}
     exported = _exported(model, variables, example, function, platforms)
     _check_containers("What `call` returns", exported.out_tree)
@@ -122,7 +124,7 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[stored.Path, np.
     again = stored.named_leaves(stored.replace_statistics(batch_stats, moments, keep_unseen=True))
     differing = {p[:-1] for p, leaf in stored.named_leaves(batch_stats).items() if not np.array_equal(leaf, again[p])}
     if differing:
-        names = ", ".join(f"'{stored.layer_name(path)}'" for path in sorted(differing))
+        names = ", ".join(f"'{layer_name(path)}'" for path in sorted(differing))
         raise ValueError(
             f"`moments` must be those behind the statistics in `variables`: they are not in {names}. Put them there: "
             '`variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])`; or leave `moments` '
@@ -131,35 +133,18 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[stored.Path, np.
     return {path: np.asarray(value.count) for path, value in stored.by_path(moments).items()}
 
 
-def _entries_run(model: nn.Module, variables: Any, example: Any, call: Call) -> dict[stored.Path, np.ndarray]:
-    """For each layer that `call` runs, which of its entries it reads."""
-    if not stored.stored_layers(variables.get("batch_stats", {})).entries:
-        return {}
-    variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
-    program, _ = observe.trace(model, variables, example, call, None)
-    found = stored.entries_read(program, variables, len(jax.tree.leaves(example)))
-    read = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e in found if e is not None)])
-    layers = stored.stored_layers(variables["batch_stats"])
-    runs = {path: np.isin(entries, read) for path, entries in layers.entries.items()}
-    return {path: entries for path, entries in runs.items() if entries.any()}
-
-
-def _check_estimated(
-    variables: Any, entries: Mapping[stored.Path, np.ndarray], counts: Mapping[stored.Path, np.ndarray]
-) -> None:
-    leaves = stored.named_leaves(variables.get("batch_stats", {}))
-    initial = []
-    for path, read in entries.items():
-        mean, var = (np.asarray(leaves[(*path, name)]) for name in ("mean", "var"))
-        seen = counts.get(path, np.zeros(mean.shape)) > 0
-        untouched = np.all((mean == 0) & (var == 1) & ~seen, -1, keepdims=True) & np.any(read, -1, keepdims=True)
-        if untouched.any():
-            estimated = np.broadcast_to(~untouched, mean.shape)
-            initial.append(stored.unseen(path, Moments(*map(jnp.asarray, (estimated, mean, var)))))
+def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[stored.Path, np.ndarray]) -> None:
+    initial: dict[stored.Path, list[str]] = {}
+    for row in never_estimated(variables.get("batch_stats", {}), rows, counts):
+        initial.setdefault(row.layer, []).append(f"[{row.label}]")
     if initial:
+        places = (
+            f"'{layer_name(path)}'" + (f" (at {', '.join(labels)})" if len(labels) < len(rows[path]) else "")
+            for path, labels in initial.items()
+        )
         raise ValueError(
             "Every batch-norm layer must have the statistics of data: those of "
-            f"{', '.join(initial)} were never estimated, and are the initial ones, mean 0 and variance 1. Estimate "
+            f"{', '.join(places)} were never estimated, and are the initial ones, mean 0 and variance 1. Estimate "
             'them, with data of every domain there is: `variables["batch_stats"] = '
             "flaxbn.estimate_population_stats(model, variables, batches)`."
         )

@@ -13,6 +13,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Inexact, Int, Shaped
 
 from flaxbn.moments import Moments, measure_deviations, widen
+from flaxbn.naming import layer_name
 from flaxbn.normalize import ema, normalize
 from flaxbn.renorm import Statistics, corrected_affine, correction, paper_d_max, paper_r_max
 from flaxbn.sharing import Sharing, domain_numbers
@@ -416,4 +417,4 @@ def _single_value_message(layer: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def _path(layer: nn.Module) -> str:
-    return f"'{'/'.join(layer.path)}'"
+    return f"'{layer_name(layer.path)}'"

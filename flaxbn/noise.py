@@ -1,7 +1,7 @@
 """How far the statistics of a batch stray from the population's."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 from flaxbn import batches as data
 from flaxbn import stored
 from flaxbn.batchwise import batch_moments
+from flaxbn.chosen import some_batches
 from flaxbn.moments import Moments, merge
 from flaxbn.observe import Call
+from flaxbn.rows import RowsByLayer, rows_of, seen_rows
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,15 @@ class BatchNoise:
     With `s^2 = var + epsilon` of the population:
 
     Attributes:
-        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say.
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
+            "(the model itself)" for a model that is a single layer.
         batch_size: the number of samples in a batch.
         mean: the root mean square of `(mean_batch - mean) / s` over batches and channels whose variance exceeds
             `epsilon`.
         var: that of `(var_batch - var) / s^2`.
         enough: the smallest batch size at which both are at most the tolerance.
         typical_share: `share` of the median channel, which a few channels that are rarely active do not raise.
+        batches: how many batches say so.
     """
 
     layer: str
@@ -38,6 +42,7 @@ class BatchNoise:
     var: float
     enough: int
     typical_share: float
+    batches: int
 
     @property
     def share(self) -> float:
@@ -50,14 +55,14 @@ def batch_noise(
     variables: Mapping[str, Any],
     batches: Any,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     call: Call | None = None,
     only: Callable[[str], bool] | None = None,
     tolerance: float = 0.1,
     num_batches: int = 64,
     epsilon: float = 1e-5,
 ) -> tuple[BatchNoise, ...]:
-    """How far batches of `batch_size` samples stray from their population in each layer, the weights being frozen.
+    """How far batches of one size stray from their population in each layer, the weights being frozen.
 
     Each batch is normalized by itself in all layers, as in training. Its moments are compared with those of all
     batches, merged; since those hold the batch itself, squares are multiplied by `K / (K - 1)` for K batches.
@@ -69,57 +74,52 @@ def batch_noise(
     Args:
         model: the model.
         variables: its variables; read only.
-        batches: a pytree of arrays with a common leading sample axis.
+        batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of
+            batches of one size, which is read once, up to `num_batches` batches. A smaller last one is left out.
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
-        num_batches: at most so many batches, drawn at random, always the same.
+        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first.
         epsilon: what the layers add to the variance.
 
     Returns:
         A record for each layer; for layers with several rows of statistics one for each row that saw data.
 
     Raises:
-        ValueError: if there are fewer than two batches, or the tolerance is not positive.
+        ValueError: if there are fewer than two batches, or of several sizes; or the tolerance is not positive.
+        TypeError: if `batches` does not fit `batch_size`.
     """
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     chosen = some_batches(batches, batch_size, num_batches)
     found = [*batch_moments(model, variables, chosen, call=call, only=only)]
-    return noise_among(found, batch_size, tolerance=tolerance, epsilon=epsilon)
+    rows = rows_of(model, variables, chosen[0], call=call)
+    return noise_among(found, data.count_samples(chosen[0]), rows, tolerance=tolerance, epsilon=epsilon)
 
 
 def noise_among(
-    moments: Sequence[Any], batch_size: int, *, tolerance: float = 0.1, epsilon: float = 1e-5
+    moments: Sequence[Any], batch_size: int, rows: RowsByLayer, *, tolerance: float = 0.1, epsilon: float = 1e-5
 ) -> tuple[BatchNoise, ...]:
     """`batch_noise` from the moments of at least two batches of one population, as `population_moments` gives them."""
     each = [stored.by_path(jax.device_get(tree)) for tree in moments]
     records: list[BatchNoise] = []
     for path, merged in stored.by_path(jax.device_get(merge(*moments))).items():
         everything = merged, *(by_path[path] for by_path in each)
-        for name, index in stored.rows(path, np.shape(merged.mean)):
-            whole, *rows = jax.tree.map(lambda a, index=index: np.asarray(a)[index], everything)
-            seen = [row for row in rows if np.all(row.count > 0)]
+        for row in seen_rows(rows, path, merged.count):
+            whole, *parts = row.of(everything)
+            seen = [part for part in parts if np.all(part.count > 0)]
             if len(seen) > 1:
-                records.append(_noise(name, whole, seen, batch_size, tolerance, epsilon))
+                records.append(_noise(row.name, whole, seen, batch_size, tolerance, epsilon))
     return tuple(records)
 
 
-def some_batches(arrays: Any, batch_size: int, num_batches: int) -> list[Any]:
-    """At most so many batches of consecutive samples, drawn at random, always the same, in their order."""
-    data.check_positive("batch_size", batch_size)
-    data.check_positive("num_batches", num_batches)
-    data.check_arrays(arrays, batch_size)
-    samples = data.count_samples(arrays)
-    count = samples // batch_size
-    if min(count, num_batches) < 2:
-        raise ValueError(
-            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
-            f"`num_batches={num_batches}`."
-        )
-    chosen = np.sort(np.random.default_rng(0).permutation(count)[:num_batches]) * batch_size
-    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], arrays) for i in chosen.tolist()]
+def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
+    """The largest noise of each layer."""
+    found: dict[str, BatchNoise] = {}
+    for record in sorted(records, key=lambda record: record.share):
+        found[record.layer] = record
+    return found
 
 
 def _noise(
@@ -137,4 +137,4 @@ def _noise(
     mean, var = (math.sqrt(float(np.mean(s))) if alive.any() else 0.0 for s in squares)
     enough = max(2, math.ceil(batch_size * (max(mean, var) / tolerance) ** 2))
     typical = float(np.median(squares[0] + squares[1] / 4)) if alive.any() else 0.0
-    return BatchNoise(name, batch_size, mean, var, enough, typical)
+    return BatchNoise(name, batch_size, mean, var, enough, typical, len(each))

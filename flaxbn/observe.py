@@ -17,6 +17,7 @@ from flax.core import DenyList
 from jaxtyping import Array
 
 from flaxbn import linen
+from flaxbn.naming import layer_name
 from flaxbn.program import Program
 from flaxbn.tap import is_bound, tap_p
 
@@ -66,7 +67,7 @@ def running_function(context: nn.module.InterceptorContext) -> Any:
 
 def layer_label(layer: nn.Module) -> str:
     """The class and path of a layer, for messages."""
-    return f"{type(layer).__name__} '{'/'.join(layer.path)}'"
+    return f"{type(layer).__name__} '{layer_name(layer.path)}'"
 
 
 def _interceptor() -> Callable[..., Any]:
@@ -112,6 +113,7 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
         "axes": axes,
         "layer": name,
         "lanes": 0,
+        "channel_rank": len(features),
         "axis_name": layer.axis_name if is_bound(layer.axis_name) else None,
         "axis_index_groups": None if groups is None else tuple(map(tuple, groups)),
         "has_weights": mask is not None,

@@ -31,6 +31,10 @@ class Program:
         """The layer of each tap, in the order of the program."""
         return [e.params["layer"] for e in tap_equations(self.jaxpr)]
 
+    def channel_ranks(self) -> list[int]:
+        """How many trailing axes of the statistics of each tap are channels, in the order of the program."""
+        return [e.params["channel_rank"] for e in tap_equations(self.jaxpr)]
+
     def run(self, args: Sequence[Any], on_tap: OnTap, site: int = 0) -> tuple[list[Any], list[Any]]:
         """Interprets the program: its outputs, and the record of each tap in the order of the program.
 

@@ -6,9 +6,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from flaxbn.diagnosis import Diagnosis, by_layer
+from flaxbn.diagnosis import Diagnosis
 from flaxbn.drift import SIGNIFICANT, Drift
-from flaxbn.noise import BatchNoise
+from flaxbn.noise import BatchNoise, by_layer
 
 DRIFT, BATCH = "#1f5fa8", "#c8501e"
 _LEAST = 1e-6

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn import mesh, stored
+from flaxbn.naming import layer_name
 from flaxbn.observe import Call
 from flaxbn.setting import Key, Setting
 
@@ -133,7 +134,7 @@ def _wanted_layers(
         )
     wanted = stored.select(layers, only)
     if not wanted.entries:
-        known = ", ".join(f"'{stored.layer_name(path)}'" for path in layers.entries)
+        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
         raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
     return wanted
 

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from flaxbn import stored
 from flaxbn.moments import Moments, merge_along
+from flaxbn.naming import layer_name
 
 
 class Result(NamedTuple):
@@ -70,7 +71,7 @@ def check_finite(results: Sequence[Result], layers: stored.StoredLayers) -> None
             if bad >= 0:
                 path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
                 raise ValueError(
-                    f"Batch statistics must be finite: those of '{stored.layer_name(path)}' are not in batch "
+                    f"Batch statistics must be finite: those of '{layer_name(path)}' are not in batch "
                     f"{result.steps[bad]} (counted from 0), so its input holds NaN or infinite values, or overflows."
                 )
 
@@ -89,7 +90,7 @@ def warn_called_twice(results: Sequence[Result], layers: stored.StoredLayers) ->
         np.add.at(counter, entries[program][i][used], 1)
     twice = [p for p, e in layers.entries.items() if any(counter[e].max() > 1 for counter in calls.values())]
     if twice:
-        names = ", ".join(f"'{stored.layer_name(path)}'" for path in twice)
+        names = ", ".join(f"'{layer_name(path)}'" for path in twice)
         warnings.warn(
             f"{names}: called more than once in a forward pass. The calls are merged, but one mean and variance cannot "
             "normalize each of them: give each call a layer of its own.",

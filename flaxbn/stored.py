@@ -1,6 +1,6 @@
 """The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flaxbn.moments import Moments, is_moments, merge_segments, widen
+from flaxbn.naming import layer_name, layer_path
 from flaxbn.program import UNKNOWN, Program
 
 Path = tuple[str, ...]
@@ -188,20 +189,9 @@ def unseen(path: Path, moments: Moments) -> str:
     return f"{place} (at {np.flatnonzero(rows).tolist()})" if missing.ndim > 1 and not missing.all() else place
 
 
-def layer_name(path: Sequence[str]) -> str:
-    """The name of a layer for messages and for `only`: its path in `batch_stats`, joined by '/'."""
-    return "/".join(path)
-
-
-def rows(path: Sequence[str], shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The rows of a layer's statistics along their last axis: their names for reports, and their indices."""
-    for index in np.ndindex(*shape[:-1]):
-        yield f"{layer_name(path)}[{', '.join(map(str, index))}]" if index else layer_name(path), index
-
-
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
     """The layers that `only` accepts."""
-    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_name(p))})
+    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_path(p))})
 
 
 def named_leaves(tree: Any) -> dict[Path, Any]:

@@ -124,6 +124,50 @@ def test_batches_too_small():
     assert found.findings[0].number > 0.1
 
 
+def by_class(data):
+    order = np.argsort(data["label"], kind="stable")
+    return {name: values[order] for name, values in data.items()}
+
+
+def test_batches_of_one_class_each():
+    """The network never meets a batch like the set: larger batches of the same kind would not help, shuffling does."""
+    data = by_class(DATA)
+    variables, _ = train(data, 0.01, model=CNN(), batch_size=64, epochs=4)
+    batch_stats = flaxbn.estimate_population_stats(CNN(), variables, data, call=call, batch_size=64)
+    variables = {**variables, "batch_stats": batch_stats}
+    traps, found = named(variables, data)
+    assert traps == ["non-i.i.d. batches"], str(found)
+    finding = found.findings[0]
+    assert finding.number > finding.threshold
+    assert "Shuffle the examples" in str(found)
+    given, shuffled = ({r.layer: r.typical_share for r in noise[None]} for noise in (found.noise, found.shuffled))
+    assert min(given[layer] / shuffled[layer] for layer in given) > 5
+    assert "non-i.i.d. batches" not in named(variables, DATA)[0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 16, 64])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_shuffled_batches_are_not_found_to_be_alike(healthy, seed, batch_size):
+    """Small ones neither: at two samples they are too small, and that is all."""
+    order = np.random.default_rng(seed).permutation(1792)
+    traps, found = named(healthy[0], {name: values[order] for name, values in DATA.items()}, batch_size=batch_size)
+    assert traps == (["batches too small"] if batch_size == 2 else []), str(found)
+
+
+def test_small_batches_of_one_class_each_are_too_small_as_well(healthy):
+    """Two examples that are alike are worth one, at least: the rest of the noise is that of any two."""
+    assert "batches too small" in named(healthy[0], by_class(DATA), batch_size=2)[0]
+
+
+def test_batches_of_one_domain_each_are_told_apart_from_small_ones(healthy):
+    """Without their labels they are alike; with them, those of a domain are drawn from it."""
+    data = in_turn(DATA, 64)
+    assert "non-i.i.d. batches" in named(healthy[0], data)[0]
+    traps = named(healthy[0], data, domain=lambda batch: batch["domain"])[0]
+    assert "mixed domains" in traps
+    assert "non-i.i.d. batches" not in traps
+
+
 def test_mixed_domains():
     data = in_turn(DATA, 64)
     variables, _ = train(data, 0.01, model=CNN(momentum=0.95), batch_size=64, epochs=4)
@@ -208,6 +252,7 @@ def test_renormalization_is_not_found_to_have_small_batches():
     traps, found = named(variables, model=model, batch_size=4)
     assert max(record.typical_share for record in found.noise[None]) > 0.1
     assert "batches too small" not in traps
+    assert "non-i.i.d. batches" not in named(variables, by_class(DATA), model=model, batch_size=64)[0]
 
 
 def test_layers_left_out(healthy):

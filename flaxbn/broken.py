@@ -1,0 +1,59 @@
+"""What makes all else meaningless: values that are not finite, and predictions that depend on the batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxbn import batches as data
+from flaxbn import stored
+from flaxbn.findings import Finding
+from flaxbn.independence import BatchDependenceError, assert_batch_independent, outputs, split
+from flaxbn.naming import layer_name
+from flaxbn.observe import Call
+from flaxbn.request import call_directly
+
+
+def not_finite(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
+    """Statistics, weights, data or outputs that hold NaN or infinities, and negative variances."""
+    named = {"batch_stats": variables.get("batch_stats", {}), "params": variables.get("params", {}), "data": batch}
+    leaves = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(named)}
+    wrong = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
+    stored_leaves = stored.named_leaves(named["batch_stats"])
+    negative = [names for names, leaf in stored_leaves.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
+    wrong += [f"stored {layer_name(names)}" for names in negative]
+    if not wrong:
+        found = outputs(model, variables, batch, call or call_directly)
+        wrong = [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
+    evidence = f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} should be finite, variances positive."
+    return [Finding.of("not finite", wrong[0], len(wrong), 0, evidence)] if wrong else []
+
+
+def _is_finite(leaf: Any) -> bool:
+    return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def mixing(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
+    """Outputs that change with the rest of the batch."""
+    try:
+        assert_batch_independent(model, variables, batch, call=call)
+    except BatchDependenceError as error:
+        change = _change(model, variables, batch, call or call_directly)
+        evidence = f"without two thirds of a batch the outputs for the rest change by {change:.1%}. {error}"
+        return [Finding.of("training mode at inference", "output", change, 0, evidence)]
+    return []
+
+
+def _change(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call) -> float:
+    """By how much of their size outputs change where the batch is smaller."""
+    rows, size = split(data.count_samples(batch))[0], data.count_samples(batch)
+    part = outputs(model, variables, jax.tree.map(lambda a: jnp.asarray(a)[rows], batch), call)
+    changes = [0.0]
+    for whole, again in zip(outputs(model, variables, batch, call), part):
+        if len(whole) == size and len(again) == len(rows):
+            difference = np.linalg.norm(np.ravel(whole[rows] - again))
+            changes.append(float(difference / max(np.linalg.norm(np.ravel(whole[rows])), np.finfo(np.float32).tiny)))
+    return max(changes)

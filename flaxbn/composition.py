@@ -1,0 +1,63 @@
+"""Whether batches are too small, or composed of examples that are alike: the same examples shuffled tell them apart."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flaxbn.drift import SIGNIFICANT
+from flaxbn.findings import HARMLESS_SHARE, Finding
+from flaxbn.noise import BatchNoise
+
+NOISE_SHARE = 0.1
+"""The part of a normalized value's variance, noise of the batch, from which batches are too small."""
+Pair = tuple[BatchNoise, BatchNoise]
+
+
+def composition(
+    noise: Mapping[Any, Sequence[BatchNoise]], shuffled: Mapping[Any, Sequence[BatchNoise]], left_out: Iterable[str]
+) -> list[Finding]:
+    """What the noise of batches shows, beside that of the same examples shuffled, both by domain."""
+    pairs: list[Pair] = []
+    for label, records in noise.items():
+        others = {record.layer: record for record in shuffled[label]}
+        pairs += [(r, others[r.layer]) for r in records if r.layer in others and r.layer not in left_out]
+    return [*_alike(pairs), *_too_small(pairs)]
+
+
+def _alike(pairs: Sequence[Pair]) -> list[Finding]:
+    alike = [pair for pair in pairs if pair[0].typical_share > _limit(*pair)]
+    if not alike:
+        return []
+    given, anew = max(alike, key=lambda pair: pair[0].typical_share - pair[1].typical_share)
+    worth = given.batch_size * anew.typical_share / given.typical_share
+    evidence = (
+        f"{given.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
+        f"batches of {given.batch_size}, and {anew.typical_share:.1%} where the same examples are shuffled: the "
+        f"examples of a batch are alike, and worth {worth:.2g} independent ones."
+    )
+    return [Finding.of("non-i.i.d. batches", given.layer, given.typical_share, _limit(given, anew), evidence)]
+
+
+def _limit(given: BatchNoise, shuffled: BatchNoise) -> float:
+    """The noise of batches from which their order did it, `shuffled` being that of the same examples shuffled.
+
+    Twice that, so that what the order adds exceeds what is there without it; three standard errors of the logarithm of
+    the ratio, as if all channels strayed together, each variance of K batches having `2 / (K - 1)`; and a thousandth
+    more.
+    """
+    batches = min(given.batches, shuffled.batches)
+    ratio = max(2.0, math.exp(SIGNIFICANT * math.sqrt(4 / (batches - 1))))
+    return max(ratio * shuffled.typical_share, shuffled.typical_share + HARMLESS_SHARE)
+
+
+def _too_small(pairs: Sequence[Pair]) -> list[Finding]:
+    quieter = [min(pair, key=lambda record: record.typical_share) for pair in pairs]
+    worst = max(quieter, key=lambda record: record.typical_share, default=None)
+    if worst is None or worst.typical_share <= NOISE_SHARE:
+        return []
+    needed = math.ceil(worst.batch_size * worst.typical_share / NOISE_SHARE)
+    evidence = (
+        f"{worst.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
+        f"batches of {worst.batch_size}, drawn independently; {needed} samples bring that to a tenth."
+    )
+    return [Finding.of("batches too small", worst.layer, worst.typical_share, NOISE_SHARE, evidence)]

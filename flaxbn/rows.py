@@ -1,0 +1,108 @@
+"""Which entries of stored statistics make a row: those that one call normalizes one domain by."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from flaxbn import observe, stored
+from flaxbn.naming import layer_name
+from flaxbn.observe import Call
+from flaxbn.request import call_directly, check_model
+
+
+class Row(NamedTuple):
+    """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
+
+    Attributes:
+        layer: its path in `batch_stats`.
+        label: where the row lies in the layer's statistics, as an index without brackets; empty for a single row.
+        channels: the places of its channels in these statistics, flattened.
+    """
+
+    layer: stored.Path
+    label: str
+    channels: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The layer's name, with the row in brackets where it has several."""
+        return layer_name(self.layer) + (f"[{self.label}]" if self.label else "")
+
+    def of(self, tree: Any) -> Any:
+        """The channels of this row, from arrays of the shape of the layer's statistics."""
+        return jax.tree.map(lambda a: np.ravel(a)[self.channels], tree)
+
+
+RowsByLayer = Mapping[stored.Path, Sequence[Row]]
+
+
+def rows_of(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+) -> dict[stored.Path, list[Row]]:
+    """The rows of statistics of each layer that `call` runs, as the traced model reads them.
+
+    The shape of what is stored does not tell: (3, 4) may be three domains, four steps of a scan whose statistics are
+    stacked along axis 1, or a layer with `axis=(1, 2)`, whose twelve channels are one row.
+
+    Args:
+        model: the model.
+        variables: its variables; read only.
+        batch: what `call` takes; the model is traced, and nothing is computed.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Raises:
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    check_model(model)
+    layers = stored.stored_layers(variables.get("batch_stats", {})).entries
+    if not layers:
+        return {}
+    variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
+    program, _ = observe.trace(model, variables, batch, call or call_directly, None)
+    entries = stored.entries_read(program, variables, len(jax.tree.leaves(batch)))
+    read = [
+        np.unique(row)
+        for e, rank in zip(entries, program.channel_ranks())
+        if e is not None and e.size
+        for row in e.reshape(-1, math.prod(e.shape[e.ndim - rank :]))
+    ]
+    found = {path: _named(path, n, [row[np.isin(row, n)] for row in read]) for path, n in layers.items()}
+    return {path: rows for path, rows in found.items() if rows}
+
+
+def seen_rows(rows: RowsByLayer | None, path: stored.Path, count: Any) -> list[Row]:
+    """The rows of a layer that saw data; without `rows` those along the last axis of its statistics."""
+    count = np.asarray(count)
+    numbers = np.arange(count.size).reshape(count.shape)
+    along_last = numbers.reshape(-1, count.shape[-1] if count.ndim else 1)
+    known = _named(path, numbers, along_last) if rows is None else rows.get(path, ())
+    kept = [row for row in known if np.all(row.of(count) > 0)]
+    covered = np.concatenate([np.zeros(0, int), *(row.channels for row in kept)])
+    if np.any(np.delete(count, covered) > 0):
+        raise ValueError(
+            f"Each row of statistics must have seen data in all of its channels, or in none: '{layer_name(path)}', of "
+            f"shape {count.shape}, has data elsewhere. Say which channels make a row, by "
+            "`rows=diagnostics.rows_of(model, variables, batch, call=call)` with the `call` that gave the moments."
+        )
+    return kept
+
+
+def _named(path: stored.Path, numbers: np.ndarray, found: Iterable[np.ndarray]) -> list[Row]:
+    """The rows with these entries, each once and in order, named by the axes along which no row extends."""
+    numbers = np.atleast_1d(numbers)
+    distinct = sorted({tuple(row.tolist()) for row in found if len(row)})
+    channels = [np.searchsorted(np.ravel(numbers), row) for row in distinct]
+    places = [np.unravel_index(c, numbers.shape) for c in channels]
+    extended = [n == 1 or any(len(np.unique(p[axis])) > 1 for p in places) for axis, n in enumerate(numbers.shape)]
+    labels = [[":" if e else str(p[axis][0]) for axis, e in enumerate(extended)] for p in places]
+    return [Row(path, _trimmed(label), c) for label, c in zip(labels, channels)]
+
+
+def _trimmed(label: list[str]) -> str:
+    while label and label[-1] == ":":
+        label = label[:-1]
+    return ", ".join(label)

@@ -1,0 +1,79 @@
+"""Batches whose examples are alike, against the design effect of cluster sampling, and against chance."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from flaxbn.composition import composition
+from flaxbn.diagnostics import BatchNoise, diagnose
+
+RNG = np.random.default_rng(0)
+MODEL = nn.BatchNorm(use_running_average=True)
+
+
+def record(share, batches=64, layer="norm"):
+    return BatchNoise(layer, 16, share**0.5, 0.0, 2, share, batches)
+
+
+def traps(given, shuffled, left_out=()):
+    return [finding.trap for finding in composition({None: [given]}, {None: [shuffled]}, left_out)]
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.1, 0.5])
+def test_the_design_effect(correlation):
+    """Of clusters of B values with the intraclass correlation r, means have 1 + (B - 1) r times the variance (Kish)."""
+    size, channels = 32, 300
+    own = RNG.normal(size=(64, size, channels)) * np.sqrt(1 - correlation)
+    x = (own + RNG.normal(size=(64, 1, channels)) * np.sqrt(correlation)).reshape(-1, channels).astype(np.float32)
+    variables = MODEL.init(jax.random.key(0), x)
+    found = diagnose(MODEL, variables, x, lambda output, batch: output.sum(-1), batch_size=size)
+    ratio = found.noise[None][0].mean ** 2 / found.shuffled[None][0].mean ** 2
+    # Two variances of 64 values in 300 channels: sqrt(4 / 63 / 300), 1.5 %.
+    np.testing.assert_allclose(ratio, 1 + (size - 1) * correlation, rtol=0.05)
+    assert ("non-i.i.d. batches" in {finding.trap for finding in found.findings}) == (correlation > 0)
+
+
+@pytest.mark.parametrize("batches", [2, 8, 16, 28, 64])
+def test_chance(batches):
+    """Of channels that stray all together, the worst case: variances of K normal values, drawn twice."""
+    draws = RNG.chisquare(batches - 1, (2, 4000)) / (batches - 1) * 0.05
+    found = sum("non-i.i.d. batches" in traps(record(a, batches), record(b, batches)) for a, b in draws.T)
+    # Three standard errors, one side: 0.1 % for a normal logarithm, whose tails are heavier for few batches.
+    assert found / 4000 < (0.05 if batches < 8 else 0.01)
+
+
+def test_what_the_order_adds_must_matter():
+    assert traps(record(0.04), record(0.01)) == ["non-i.i.d. batches"]
+    assert traps(record(0.018), record(0.01)) == []
+    assert traps(record(0.018, 10_000), record(0.01, 10_000)) == []
+    assert traps(record(0.021, 10_000), record(0.01, 10_000)) == ["non-i.i.d. batches"]
+    assert traps(record(0.0009), record(0.0)) == []
+    assert traps(record(0.0011), record(0.0)) == ["non-i.i.d. batches"]
+
+
+def test_too_small_is_what_shuffling_leaves():
+    assert traps(record(0.5), record(0.09)) == ["non-i.i.d. batches"]
+    assert traps(record(0.5), record(0.11)) == ["non-i.i.d. batches", "batches too small"]
+    assert traps(record(0.09), record(0.11)) == []  # examples that are drawn to differ, by class say
+    assert traps(record(0.15), record(0.11)) == ["batches too small"]
+
+
+def test_the_evidence():
+    (finding,) = composition({None: [record(0.32)]}, {None: [record(0.02)]}, ())
+    assert (finding.where, finding.number) == ("norm", 0.32)
+    np.testing.assert_allclose(finding.threshold, 0.02 * np.exp(6 / np.sqrt(63)))
+    assert "32% of the variance" in finding.evidence
+    assert "and 2.0% where the same examples are shuffled" in finding.evidence
+    assert "worth 1 independent ones" in finding.evidence
+
+
+def test_layers_left_out():
+    assert traps(record(0.5), record(0.2), ["norm"]) == []
+
+
+def test_domains_are_compared_with_themselves():
+    noise = {"a": [record(0.05, layer="norm")], "b": [record(0.01, layer="norm")]}
+    assert composition(noise, noise, ()) == []
+    (finding,) = composition(noise, {"a": [record(0.01)], "b": [record(0.01)]}, ())
+    assert finding.number == 0.05
