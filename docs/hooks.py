@@ -1,18 +1,26 @@
-"""What mkdocs is told beyond mkdocs.yml: measurements are pages of the site, too."""
+"""What mkdocs is told beyond mkdocs.yml: measurements and notebooks are pages of the site, too."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS, NOTEBOOKS = ROOT / "benchmarks" / "results", ROOT / "notebooks"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds `benchmarks/results/*.md`, which the pages name by their place in the repository."""
+    """Adds `benchmarks/results/*.md`, which pages name by their place in the repository, and what notebooks show."""
     for path in sorted(RESULTS.glob("*.md")):
         files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        folder = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+        text, resources = MarkdownExporter().from_filename(str(path), resources=folder)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, content in resources["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
 
 

@@ -45,6 +45,7 @@ class One(nn.Module):
 
 ONE = One()
 ONE_VARIABLES = ONE.init(jax.random.key(0), X[:2])
+ROUNDING = 1e-6  # eight roundings of float32, whatever hypothesis draws; a lost sample of 128 changes more
 
 
 def convolved(x, kernel, bias, padding):
@@ -102,7 +103,7 @@ def _train(module, x):
 def test_any_split_gives_a_single_layer_the_same_statistics(sizes):
     batches = np.split(X[:128], np.cumsum(sizes)[:-1])
     found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, batches)
-    assert_same_statistics(found, one_oracle(X[:128]), tolerance=5e-7)
+    assert_same_statistics(found, one_oracle(X[:128]), tolerance=ROUNDING)
 
 
 @settings(max_examples=8)
@@ -110,7 +111,7 @@ def test_any_split_gives_a_single_layer_the_same_statistics(sizes):
 def test_batch_size_and_order_do_not_matter_to_a_single_layer(batch_size, seed):
     x = np.random.default_rng(seed).permutation(X[:41])
     found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, x, batch_size=batch_size)
-    assert_same_statistics(found, one_oracle(X[:41]), tolerance=5e-7)
+    assert_same_statistics(found, one_oracle(X[:41]), tolerance=ROUNDING)
 
 
 def test_a_large_mean_over_many_batches():
