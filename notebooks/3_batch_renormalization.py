@@ -236,11 +236,14 @@ lab.say(
 # %% [markdown]
 # ## What follows
 #
-# - With random batches the gain is at batch sizes of 2 and 4. From 8 on the two are hardly told apart.
-# - With batches of a few classes the gain is there at every size: more examples of the same two classes do not make a
+# - With random batches the gain is at batch sizes of 2 to 8. From 16 on the two cannot be told apart.
+# - With batches of two classes the gain is there at every size: more examples of the same two classes do not make a
 #   batch more like the data.
-# - Batches of one class are beyond repair by normalization alone: renormalization halves the error or better at small
-#   sizes, and what is left is far from usable. Shuffle where that is possible.
+# - Batches of one class ruin batch normalization, which removes from each batch what tells its class. Renormalization
+#   keeps it, and is far better, but what is left is not usable: each step sees one class only, and that no
+#   normalization mends. Shuffle where that is possible.
+# - While the bounds are closed, d hardly strays from 0: the layer before has removed the mean of the batch. As they
+#   open, what differs between batches passes on, and d shows it.
 # - Before the test, `estimate_population_stats` serves as for batch normalization, and takes `BatchRenorm` for what it
 #   is in evaluation: `BatchNorm`.
 #
@@ -248,6 +251,6 @@ lab.say(
 #
 # Ioffe 2017 trains an Inception network on ImageNet: with batches of four (section 4.2) batch renormalization wins back
 # about half of what batch normalization loses, and with batches of 16 labels and two images each (section 4.3) all of
-# it. The directions agree. What differs: a small *convolutional* network on these digits loses nothing with batches of
-# two, so that the network here is dense; the ramp, which the paper needs for stability, matters little in so short a
-# training; and random batches of eight are large enough here.
+# it. The directions agree. What differs: bounds that are open from the first step do as well as the ramp in so short a
+# training; and a small convolutional network on these digits does not suffer from batches of two (one run, not shown),
+# which is why the network here is dense.

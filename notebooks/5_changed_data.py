@@ -129,7 +129,7 @@ for column, corruption in enumerate(SEVERITIES):
     ax.set(xlabel="severity", ylim=(0, None))
     ax.set_xticks(levels)
 rows[1, 0].set_ylabel("test error (%)")
-rows[1, 0].legend(loc="upper left")
+rows[0, 3].legend(*rows[1, 0].get_legend_handles_labels(), loc="center")
 rows[0, 3].set_axis_off()
 for corruption, color, marker in zip(SEVERITIES, ("black", lab.GREEN, lab.GREY), "oD^"):
     lab.draw(rows[1, 3], NUMBERS, by_number[corruption], color=color, label=corruption.__name__, marker=marker)
@@ -161,10 +161,12 @@ lab.say(
 # %% [markdown]
 # ## What follows
 #
-# - Unlabelled images of the new kind are enough, and a hundred do nearly as well as a thousand; ten are better than the
-#   statistics of training where the corruption is severe. Where nothing has changed, nothing is lost.
-# - It is a repair of the statistics only: what a corruption has erased stays erased. `flaxbn.diagnostics.compare` of
-#   the stored statistics with moments of the new data shows how far they are apart without any label.
+# - Unlabelled images of the new kind are enough, and a hundred do as well as a thousand; ten already take back a large
+#   part. Where nothing has changed, nothing is lost.
+# - It is a repair of the statistics only: what a corruption has erased stays erased. The digits of 8 x 8 pixels of the
+#   small run do not survive noise, and new statistics do not help them.
+# - `flaxbn.diagnostics.compare` of the stored statistics with moments of the new data shows how far they are apart,
+#   without any label.
 # - The estimate must hold all classes in the proportions that are to be met: statistics of zeros alone are statistics
 #   of zeros.
 #
@@ -172,5 +174,6 @@ lab.say(
 #
 # Table 4 of Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", re-estimates on 1 000 corrupted images of ImageNet-C:
 # contrast 40.8 → 33.1 % error, Gaussian noise 64.4 → 52.5 %, JPEG 40.4 → 36.7 %. The direction is the same for every
-# corruption here. What differs is the size: contrast and blur gain far more here, since they change little but the mean
-# and the variance of a digit; noise gains least.
+# corruption here. What differs is the size: there a quarter of the error or less is taken back, here nearly all of it
+# at the lower severities. The network here is small, and was never shown anything but clean digits; theirs has seen a
+# million photographs.
