@@ -33,10 +33,11 @@ def assert_batch_independent(
 
     The batch is cut into two uneven parts, every third example and the others. With the stored statistics, the merged
     moments of what each batch-norm layer receives must be those of the whole batch: `|mean' - mean| <= 1e-3 std` and
-    `|var' - var| <= 1e-3 var`, `var` being that of the channel and of an average channel together. Rounding comes to
-    1e-6 (in half precision four units of it take the place of 1e-3). What is reduced over the batch shows by about 1/B:
-    give a small batch of unlike examples. Then each array that `call` returns with the examples along its leading axis
-    must have the same rows, by the same measure.
+    `|var' - var| <= 1e-3 var`, `var` being that of the channel, of an average channel, and of the rounding of large
+    means (one unit of rounding times the mean square of the layer) together. Rounding comes to 1e-6 (in half precision
+    four units of it take the place of 1e-3). What is reduced over the batch shows by about 1/B: give a small batch of
+    unlike examples. Then each array that `call` returns with the examples along its leading axis must have the same
+    rows, within 1e-3 of its root mean square.
 
     Args:
         model: the model, with or without batch-norm layers.

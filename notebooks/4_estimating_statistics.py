@@ -232,6 +232,7 @@ lab.say(
 # Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3: ResNet-50 on ImageNet, where an estimate with batches
 # of 2, 10 and 100 gives errors of 28.8, 24.0 and 23.5 % (table 2), and the running average 23.7 %. The shape is the
 # same: worse at two, flat from some ten on. What differs is the size: there five points, here a fraction of one, with
-# four layers instead of fifty, and in a convolutional network on these digits nothing at all. Their comparison during
-# training, with batches of 8192, has the shape of the lower left: the running average is erratic early on, and meets
-# the precise statistics at the end.
+# four layers instead of fifty. That exact statistics gain no accuracy over precise ones of larger batches, they say,
+# too (end of section 3.2 and appendix A.3); what exact ones give is the same numbers with every batch size. Their
+# comparison during training, with batches of 8192, has the shape of the lower left: the running average is erratic
+# early on, and meets the precise statistics at the end.
