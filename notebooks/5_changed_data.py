@@ -38,8 +38,8 @@ lab.scale()
 # %% [markdown]
 # ## Corruptions
 #
-# Of three kinds, each in four severities and none: what Hendrycks & Dietterich 2019, "Benchmarking Neural Network
-# Robustness to Common Corruptions and Perturbations", do to ImageNet, done to digits.
+# Three kinds after Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and
+# Perturbations", in four severities of our own, and none.
 
 
 # %%
