@@ -32,4 +32,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])
     markdown = markdown.replace("../benchmarks/results/", "benchmarks/")
+    markdown = re.sub(r"\.\./notebooks/(\w+)\.ipynb", r"notebooks/\1.md", markdown)
     return re.sub(r"^```(\w+) (continuation|notest)$", r"```\1", markdown, flags=re.MULTILINE)
