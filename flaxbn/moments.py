@@ -5,7 +5,7 @@ Every variance of the library is computed in this file, by one formula. About an
     mean = p + E[x - p]
     var  = E[|x - p|^2] - |E[x - p]|^2
 
-With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983, section 2); with
+With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with
 `p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
 is the law of total variance, by which Moments merge.
 """
@@ -125,7 +125,7 @@ def merge(*moments: Any) -> Any:
     """The Moments of all values behind `moments`: exact for any counts, never an average of variances.
 
     Associative, commutative, with the zero `Moments(0, 0, 0)`. Two Moments merge by the pairwise formula of Chan,
-    Golub & LeVeque (1983, section 3); `measure` is for values that have no Moments yet.
+    Golub & LeVeque (1983); `measure` is for values that have no Moments yet.
 
     Args:
         *moments: Moments of equal shapes (or the scalar zero), or trees of one structure with Moments at the leaves.
