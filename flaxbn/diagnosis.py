@@ -111,8 +111,10 @@ what half of its channels put out is noise of the batch |
         domain: `batch -> labels`, one for each example.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all. Leave
             out frozen ones.
-        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first; at
-            least 16 for errors worth the name.
+        num_batches: at most so many batches, at least 16 for errors worth the name. Of arrays or of a list of batches
+            they are drawn at random, always the same. Of another iterable they are the first: then the population is
+            that of these, which is not that of all where the data are sorted, and an order that changes more slowly
+            does not show.
         epsilon: what the layers add to the variance.
 
     Raises:

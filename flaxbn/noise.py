@@ -75,12 +75,13 @@ def batch_noise(
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of
-            batches of one size, which is read once, up to `num_batches` batches. A smaller last one is left out.
+            batches of one size, which is read once, up to `num_batches` batches; a smaller last one is left out.
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
-        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first.
+        num_batches: at most so many batches, of arrays or of a list of batches drawn at random, always the same; of
+            another iterable the first, whose population stands for all.
         epsilon: what the layers add to the variance.
 
     Returns:

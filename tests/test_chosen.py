@@ -57,6 +57,26 @@ def test_an_iterable_is_read_up_to_the_number_of_batches():
     assert len([*batches]) == 5
 
 
+SORTED = np.concatenate([RNG.normal(c, 1, (16 * 20, 4)) for c in range(4)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("left_over", [0, 8])
+def test_of_a_list_of_batches_some_are_drawn_from_all_over(left_over):
+    """As of arrays: the first 16 of 80 batches, sorted by class, would all be of one."""
+    x = np.concatenate([SORTED, SORTED[:left_over]])
+    listed = [x[i : i + 16] for i in range(0, len(x), 16)]
+    for given, expected in zip(some_batches(listed, None, 16), some_batches(x, 16, 16), strict=True):
+        np.testing.assert_array_equal(given, expected)
+    exact = {"mean": jnp.asarray(SORTED.mean(0)), "var": jnp.asarray(SORTED.var(0))}
+    found = diagnose(MODEL, {**VARIABLES, "batch_stats": exact}, listed, lambda output, batch: output.sum(-1))
+    assert [finding.trap for finding in found.findings] == ["non-i.i.d. batches"], str(found)
+
+
+def test_of_an_iterator_the_first_batches_are_looked_at():
+    chosen = some_batches(iter([SORTED[i : i + 16] for i in range(0, len(SORTED), 16)]), None, 16)
+    np.testing.assert_array_equal(joined(chosen), SORTED[: 16 * 16])
+
+
 def test_examples_for_the_checks_are_enough_where_batches_are_small():
     """One example cannot show that predictions depend on others; the first eight do."""
     stuck = nn.BatchNorm(use_running_average=False)
