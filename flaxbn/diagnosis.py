@@ -90,7 +90,8 @@ no shared statistics can be right |
     | non-i.i.d. batches | `BatchNoise.typical_share` of a layer is more than twice that of the same examples \
 shuffled, significantly: the examples of a batch are alike |
     | batches too small | `BatchNoise.typical_share` of a layer exceeds 0.1, of the examples shuffled too: a tenth of \
-what half of its channels put out is noise of the batch |
+what half of its channels put out is noise of the batch; or it is twice that of the examples shuffled, but the batches \
+are too few to say that their order did it |
 
     After one of the first two nothing else is looked at. *Far* is what changes a layer's output by more than the noise
     of a batch does, `Drift.share` against `BatchNoise.share`: training has shown the network that much in every step;

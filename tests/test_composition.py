@@ -59,6 +59,23 @@ def test_too_small_is_what_shuffling_leaves():
     assert traps(record(0.15), record(0.11)) == ["batches too small"]
 
 
+@pytest.mark.parametrize("batches", [2, 3])
+def test_few_sorted_batches_are_not_passed_over(batches):
+    """One class each: what shuffling leaves is small, and so few batches cannot show that it was the order."""
+    x = np.concatenate([RNG.normal(4 * (k % 2), 1, (64, 4)) for k in range(batches)]).astype(np.float32)
+    exact = {**MODEL.init(jax.random.key(0), x), "batch_stats": {"mean": x.mean(0), "var": x.var(0)}}
+    (finding,) = diagnose(MODEL, exact, x, lambda output, batch: output.sum(-1), batch_size=64).findings
+    assert finding.trap == "batches too small"
+    assert finding.number > 0.5
+    assert f"with {batches} batches that cannot be told from chance. Give more batches" in finding.evidence
+
+
+def test_what_few_batches_leave_open():
+    assert traps(record(0.11, 3), record(0.05, 3)) == ["batches too small"]
+    assert traps(record(0.11, 3), record(0.06, 3)) == []
+    assert traps(record(0.09, 3), record(0.01, 3)) == []
+
+
 def test_the_evidence():
     (finding,) = composition({None: [record(0.32)]}, {None: [record(0.02)]}, ())
     assert (finding.where, finding.number) == ("norm", 0.32)
