@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flaxbn.drift import SIGNIFICANT
@@ -21,9 +22,20 @@ def composition(
     pairs: list[Pair] = []
     for label, records in noise.items():
         others = {record.layer: record for record in shuffled[label]}
-        pairs += [(r, others[r.layer]) for r in records if r.layer in others and r.layer not in left_out]
+        compared = [r for r in records if r.layer in others and r.layer not in left_out]
+        pairs += [(r, _over_as_many(r.batches, others[r.layer])) for r in compared]
     alike, small = _alike(pairs), _too_small(pairs)
     return [*alike, *small] or _undecided(pairs)
+
+
+def _over_as_many(batches: int, shuffled: BatchNoise) -> BatchNoise:
+    """The noise of the examples that a row met, over at most so many batches: the more share them, the fewer in each.
+
+    A row of one domain meets only its own batches, but shuffled a part of every batch.
+    """
+    if shuffled.batches <= batches:
+        return shuffled
+    return replace(shuffled, typical_share=shuffled.typical_share * batches / shuffled.batches, batches=batches)
 
 
 def _alike(pairs: Sequence[Pair]) -> list[Finding]:

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+import flaxbn
 from flaxbn.composition import composition
 from flaxbn.diagnostics import BatchNoise, diagnose
 
@@ -87,6 +88,36 @@ def test_the_evidence():
 
 def test_layers_left_out():
     assert traps(record(0.5), record(0.2), ["norm"]) == []
+
+
+class Domains(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+        return flaxbn.BatchNorm(use_running_average=True, num_domains=4, name="norm")(
+            batch["x"], domain=batch["domain"]
+        )
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.2])
+def test_rows_of_domains_met_a_batch_each(correlation):
+    """Of 64 batches of one of four domains each; shuffled, each batch has a quarter as many of a domain."""
+    domain = np.repeat(np.arange(64) % 4, 32)
+    own = RNG.normal(size=(64, 32, 100)) * np.sqrt(1 - correlation)
+    x = (own + RNG.normal(size=(64, 1, 100)) * np.sqrt(correlation)).reshape(-1, 100).astype(np.float32)
+    batch = {"x": x, "domain": domain}
+    exact = {"norm": {f: np.stack([getattr(x[domain == d], f)(0) for d in range(4)]) for f in ("mean", "var")}}
+    variables = {**Domains().init(jax.random.key(0), batch), "batch_stats": exact}
+    found = diagnose(Domains(), variables, batch, lambda output, _: output.sum(-1), batch_size=32)
+    assert {record.batches for record in found.noise[None]} == {16}
+    assert {record.batches for record in found.shuffled[None]} == {64}
+    traps = [finding.trap for finding in found.findings]
+    assert traps == (["non-i.i.d. batches"] if correlation else []), str(found)
+
+
+def test_records_of_unequal_numbers_of_batches():
+    assert traps(record(0.32, 16), record(0.09, 64)) == ["non-i.i.d. batches"]
+    assert traps(record(0.18, 16), record(0.36, 64)) == []
+    assert traps(record(0.18, 64), record(0.36, 16)) == ["batches too small"]
 
 
 def test_domains_are_compared_with_themselves():
