@@ -75,12 +75,19 @@ def rows_of(
 
 
 def seen_rows(rows: RowsByLayer | None, path: stored.Path, count: Any) -> list[Row]:
-    """The rows of a layer that saw data; without `rows` those along the last axis of its statistics."""
+    """The rows of a layer with those of their channels that saw data; without `rows` those along the last axis."""
     count = np.asarray(count)
+    if rows is None or path not in rows:
+        return _along_last(path, count, known=rows is None)
+    seen = np.ravel(count) > 0
+    kept = [row._replace(channels=row.channels[seen[row.channels]]) for row in rows[path]]
+    return [row for row in kept if row.channels.size]
+
+
+def _along_last(path: stored.Path, count: np.ndarray, *, known: bool) -> list[Row]:
     numbers = np.arange(count.size).reshape(count.shape)
-    along_last = numbers.reshape(-1, count.shape[-1] if count.ndim else 1)
-    known = _named(path, numbers, along_last) if rows is None else rows.get(path, ())
-    kept = [row for row in known if np.all(row.of(count) > 0)]
+    rows = _named(path, numbers, numbers.reshape(-1, count.shape[-1] if count.ndim else 1)) if known else []
+    kept = [row for row in rows if np.all(row.of(count) > 0)]
     covered = np.concatenate([np.zeros(0, int), *(row.channels for row in kept)])
     if np.any(np.delete(count, covered) > 0):
         raise ValueError(

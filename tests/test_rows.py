@@ -259,6 +259,58 @@ def test_without_rows_the_last_axis_holds_channels():
     np.testing.assert_allclose(record.rms_shift, 1, rtol=1e-5)
 
 
+class Masked(nn.Module):
+    """A mask that hides single channels."""
+
+    @nn.compact
+    def __call__(self, batch):
+        return flaxbn.BatchNorm(use_running_average=True, name="norm")(batch["x"], mask=batch["mask"])
+
+
+def masked(hidden):
+    """`diagnose`, channel `hidden[k]` being hidden in batch k; and the batches, as numpy masks them."""
+    mask = np.ones((128, 4), bool)
+    for k, channel in enumerate(hidden):
+        mask[k * BATCH : (k + 1) * BATCH, channel] = False
+    batch = {"x": X[:, 0], "mask": mask}
+    variables = jax.jit(Masked().init)(jax.random.key(0), batch)
+    exact = {"mean": np.full(4, 3, np.float32), "var": X[:, 0].var(0)}
+    variables = {**variables, "batch_stats": {"norm": exact}}
+    found = diagnostics.diagnose(Masked(), variables, batch, losses, batch_size=BATCH, num_batches=8)
+    return found, np.ma.array(X[:, 0], np.float64, mask=~mask).reshape(8, BATCH, 4)
+
+
+def test_a_channel_without_data_is_left_out():
+    found, batches = masked([1] * 8)
+    assert (found.drift[0].layer, found.drift[0].channels) == ("norm", 3)
+    kept = batches[..., [0, 2, 3]].reshape(-1, 3)
+    # Moments are float32: a hundred rounding errors.
+    expected = np.max(np.abs(kept.mean(0) - 3) / np.sqrt(kept.var(0) + EPSILON))
+    np.testing.assert_allclose(found.drift[0].shift.worst, expected, rtol=1e-5)
+
+
+def test_channels_that_some_batches_lack():
+    """Each channel has the errors, and the noise, of the batches that have it."""
+    found, batches = masked([0, 1, 2, 3] * 2)
+    (drift,), (noise,) = found.drift, found.noise[None]
+    deviations = batches.mean(1) - batches.mean((0, 1))
+    squares = (deviations**2).sum(0) / (6 - 1) / (batches.var((0, 1)) + EPSILON)
+    assert (drift.channels, noise.batches) == (4, 6)
+    # Moments are float32: differences of means of 3, a hundred rounding errors.
+    np.testing.assert_allclose(noise.mean, np.sqrt(squares.mean()), rtol=1e-5)
+    np.testing.assert_allclose(drift.shift_error, np.sqrt(np.mean(squares / 6)), rtol=1e-5)
+
+
+def test_a_channel_that_one_batch_alone_has():
+    """It says nothing of noise, and its error is that of its count."""
+    found, batches = masked([1] * 7)
+    without, _ = masked([1] * 8)
+    np.testing.assert_allclose(found.noise[None][0].mean, without.noise[None][0].mean, rtol=1e-6)  # in float32
+    squares = np.array([found.drift[0].shift_error, without.drift[0].shift_error]) ** 2 * [4, 3]
+    share = 1 - EPSILON / (batches[7, :, 1].var() + EPSILON)
+    np.testing.assert_allclose(squares[0] - squares[1], share / BATCH, rtol=1e-5)  # in float32
+
+
 def test_rows_that_cannot_be_those_of_the_moments():
     """One domain without data, domains being the last axis: no record would be right."""
     count = np.repeat(np.float32([[5, 0]]), 4, 0)
