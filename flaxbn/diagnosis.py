@@ -19,10 +19,9 @@ from flaxbn.drift import Drift, compare
 from flaxbn.findings import HARMLESS_SHARE, Finding, Trap
 from flaxbn.gap import Gap, gap
 from flaxbn.initial import never_estimated
-from flaxbn.moments import merge
+from flaxbn.moments import is_moments, merge
 from flaxbn.noise import BatchNoise, by_layer, noise_among
 from flaxbn.observe import Call
-from flaxbn.population import to_batch_stats
 from flaxbn.request import check_model
 from flaxbn.rows import RowsByLayer, rows_of
 
@@ -146,7 +145,7 @@ are too few to say that their order did it |
     drift = compare(kept, _parts(*groups.values()), rows=rows, epsilon=epsilon)
     ran = {record.layer for record in drift}
     untouched = [row.name for row in never_estimated(kept, rows) if row.name in ran]
-    far = _apart(kept, moments, groups, noise, rows, epsilon)
+    far = _apart(moments, groups, noise, rows, epsilon)
     if not far:
         far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
     findings = (*_never_estimated(untouched, drift), *far, *composition(noise, shuffled, _renormalized(kept, rows)))
@@ -155,7 +154,6 @@ are too few to say that their order did it |
 
 
 def _apart(
-    kept: Any,
     moments: Sequence[Any],
     groups: Mapping[Any, Sequence[Any]],
     noise: Mapping[Any, Any],
@@ -163,7 +161,7 @@ def _apart(
     epsilon: float,
 ) -> list[Finding]:
     """The domain that is furthest from the population of all."""
-    pooled = to_batch_stats(jax.device_get(merge(*moments)), kept, keep_unseen=True)
+    pooled = jax.tree.map(lambda m: {"mean": m.mean, "var": m.var}, merge(*moments), is_leaf=is_moments)
     found = [
         finding
         for label, group in groups.items()

@@ -182,6 +182,29 @@ def test_mixed_domains():
     assert traps == [], str(found)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"), [(jnp.bfloat16, 100.2, 1), (jnp.float16, 0, 400)], ids=["rounded", "overflow"]
+)
+def test_domains_are_compared_in_float32_whatever_is_stored(dtype, mean, std):
+    """Two domains of one distribution; bfloat16 rounds 100.2 to 100, float16 ends at 65504."""
+    x = np.random.default_rng(0).normal(mean, std, (2048, 4)).astype(np.float32)
+    data = {"image": x, "domain": np.arange(2048) // 64 % 2}
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), x)
+    lagging = {"mean": jnp.full(4, mean, dtype), "var": jnp.full(4, min(2 * std**2, 60000), dtype)}
+    found = diagnose(
+        model,
+        {**variables, "batch_stats": lagging},
+        data,
+        lambda output, batch: output.sum(-1),
+        call=call,
+        domain=lambda batch: batch["domain"],
+        batch_size=64,
+    )
+    assert set(found.noise) == {0, 1}
+    assert [finding.trap for finding in found.findings] == ["lagging average"], str(found)
+
+
 def test_domains_in_mixed_batches_are_no_trap():
     """Trained with both domains in every batch, tested with the population of both."""
     data = in_turn(DATA, 1)
