@@ -12,7 +12,7 @@ from jaxtyping import Array
 from flaxbn import batches as data
 from flaxbn import stored
 from flaxbn.batchwise import batch_moments
-from flaxbn.broken import mixing, not_finite
+from flaxbn.broken import mixing, not_finite, not_finite_loss, not_finite_statistics
 from flaxbn.chosen import joined, reshuffled, some_batches
 from flaxbn.composition import composition
 from flaxbn.drift import Drift, compare
@@ -23,6 +23,7 @@ from flaxbn.moments import is_moments, merge
 from flaxbn.noise import BatchNoise, by_layer, noise_among
 from flaxbn.observe import Call
 from flaxbn.request import check_model
+from flaxbn.results import NotFiniteError
 from flaxbn.rows import RowsByLayer, rows_of
 
 _MOSTLY = 0.9
@@ -80,7 +81,8 @@ def diagnose(
 
     | trap | when |
     | --- | --- |
-    | not finite | statistics, weights, data or outputs hold NaN or infinities, or a stored variance is negative |
+    | not finite | statistics, weights, data, outputs or losses hold NaN or infinities, or a stored variance is \
+negative |
     | training mode at inference | `assert_batch_independent` fails |
     | never estimated | a layer's stored mean is all 0 and its variance all 1 |
     | mixed domains | nine batches in ten or more hold one domain, and the population of all is far from that of one: \
@@ -125,7 +127,7 @@ are too few to say that their order did it |
     chosen = some_batches(batches, batch_size, num_batches)
     size = data.count_samples(chosen[0])
     example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(chosen[: -(-_EXAMPLES // size)]))
-    broken = not_finite(model, variables, example, call) or mixing(model, variables, example, call)
+    broken = not_finite(model, variables, chosen, example, call) or mixing(model, variables, example, call)
     if broken:
         return Diagnosis(tuple(broken))
     rows = rows_of(model, variables, chosen[0], call=call)
@@ -136,7 +138,10 @@ are too few to say that their order did it |
     def noise_of(groups: Mapping[Any, Sequence[Any]]) -> dict[Any, tuple[BatchNoise, ...]]:
         return {label: noise_among(group, size, rows, epsilon=epsilon) for label, group in groups.items()}
 
-    moments, numbers = measured(chosen), _groups(chosen, domain)
+    try:
+        moments, numbers = measured(chosen), _groups(chosen, domain)
+    except NotFiniteError as error:
+        return Diagnosis((not_finite_statistics(error),))
     groups = {label: [moments[i] for i in group] for label, group in numbers.items()}
     noise = noise_of(groups)
     shuffled = noise_of({k: measured(reshuffled([chosen[i] for i in group])) for k, group in numbers.items()})
@@ -148,8 +153,9 @@ are too few to say that their order did it |
     far = _apart(moments, groups, noise, rows, epsilon)
     if not far:
         far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
-    findings = (*_never_estimated(untouched, drift), *far, *composition(noise, shuffled, _renormalized(kept, rows)))
+    composed = composition(noise, shuffled, _renormalized(kept, rows))
     losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
+    findings = (*not_finite_loss(losses[None]), *_never_estimated(untouched, drift), *far, *composed)
     return Diagnosis(findings, drift, noise, losses, shuffled)
 
 

@@ -232,18 +232,43 @@ def test_a_statistic_that_is_not_finite(healthy):
     assert "['batch_stats']['BatchNorm_2']['mean'], stored BatchNorm_2/var" in str(found)
 
 
-@pytest.mark.parametrize("where", ["data", "weights"])
+@pytest.mark.parametrize("where", [3, 1700, "weights"])
 def test_values_that_are_not_finite_are_not_taken_for_another_trap(healthy, where):
+    """In the weights, or in an early or a late example."""
     variables, data = healthy[0], DATA
-    if where == "data":
-        data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == 3, np.nan, IMAGES)}
+    if where != "weights":
+        data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == where, np.nan, IMAGES)}
     else:
         bias = variables["params"]["Dense_0"]["bias"].at[0].set(jnp.inf)
         params = {**variables["params"], "Dense_0": {**variables["params"]["Dense_0"], "bias": bias}}
         variables = {**variables, "params": params}
     traps, found = named(variables, data)
     assert traps == ["not finite"]
-    assert ("['data']['image']" if where == "data" else "['Dense_0']['bias']") in str(found)
+    assert ("['Dense_0']['bias']" if where == "weights" else "['data']['image']") in str(found)
+
+
+def test_a_late_batch_whose_statistics_overflow(healthy):
+    """Its data are finite, their squares are not."""
+    data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == 1700, np.float32(1e30), IMAGES)}
+    traps, found = named(healthy[0], data)
+    assert traps == ["not finite"]
+    assert found.findings[0].where == "BatchNorm_0"
+    assert "those of 'BatchNorm_0' are not in batch 26 (counted from 0)" in str(found)
+
+
+@pytest.mark.parametrize("late", [np.nan, np.inf])
+def test_a_late_loss_that_is_not_finite(healthy, late):
+    data = {**DATA, "factor": np.where(np.arange(1792) == 1700, late, 1).astype(np.float32)}
+    found = diagnose(CNN(), healthy[0], data, lambda z, b: b["factor"] * losses(z, b), call=call, batch_size=64)
+    assert "['data']['factor']" in str(found)
+    data["factor"] = (np.arange(1792) != 1700).astype(np.float32)
+    found = diagnose(CNN(), healthy[0], data, lambda z, b: losses(z, b) + late_of(b, late), call=call, batch_size=64)
+    assert [(finding.trap, finding.where) for finding in found.findings] == [("not finite", "loss")]
+    assert f"by the stored ones {late}" in str(found)
+
+
+def late_of(batch, late):
+    return jnp.where(batch["factor"] == 0, late, 0)
 
 
 class Bottleneck(nn.Module):
