@@ -43,7 +43,7 @@ def _alike(pairs: Sequence[Pair]) -> list[Finding]:
     if not alike:
         return []
     given, anew = max(alike, key=_added)
-    worth = given.batch_size * anew.typical_share / given.typical_share
+    worth = max(1.0, given.batch_size * anew.typical_share / given.typical_share)
     evidence = f"{_both(given, anew)}: the examples of a batch are alike, and worth {worth:.2g} independent ones."
     return [Finding.of("non-i.i.d. batches", given.layer, given.typical_share, _limit(given, anew), evidence)]
 
@@ -68,9 +68,13 @@ def _added(pair: Pair) -> float:
 
 def _both(given: BatchNoise, shuffled: BatchNoise) -> str:
     return (
-        f"{given.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
-        f"batches of {given.batch_size}, and {shuffled.typical_share:.1%} where the same examples are shuffled"
+        f"{_percent(given.typical_share)} of the variance of what half of its channels put out, or more, is noise of "
+        f"its batches of {given.batch_size}, and {_percent(shuffled.typical_share)} where the same examples are shuffled"
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _limit(given: BatchNoise, shuffled: BatchNoise) -> float:

@@ -82,8 +82,22 @@ def test_the_evidence():
     assert (finding.where, finding.number) == ("norm", 0.32)
     np.testing.assert_allclose(finding.threshold, 0.02 * np.exp(6 / np.sqrt(63)))
     assert "32% of the variance" in finding.evidence
-    assert "and 2.0% where the same examples are shuffled" in finding.evidence
+    assert "and 2% where the same examples are shuffled" in finding.evidence
     assert "worth 1 independent ones" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("given", "shuffled", "said"),
+    [
+        (0.004, 0.0014, ("0.4% of", "0.14% where", "worth 5.6 independent")),
+        (0.0011, 0.0, ("0.11% of", "0% where", "worth 1 independent")),
+        (0.8, 0.01, ("80% of", "1% where", "worth 1 independent")),
+        (1.9, 0.012, ("190% of", "1.2% where", "worth 1 independent")),
+    ],
+)
+def test_small_shares_are_said_as_precisely_as_each_other(given, shuffled, said):
+    (finding,) = composition({None: [record(given)]}, {None: [record(shuffled)]}, ())
+    assert all(part in finding.evidence for part in said), finding.evidence
 
 
 def test_layers_left_out():
