@@ -55,7 +55,7 @@ def _full_batches(batches: Iterable[Any], num_batches: int) -> list[Any]:
             "Batches must be of one size, that of training, but for a smaller last one, which is left out: got "
             f"{sorted(set(sizes))} samples. Give batches of one size."
         )
-    full = [batch for batch, size in zip(chosen, sizes) if size == sizes[0]]
+    full = [batch for batch, size in zip(chosen, sizes) if size == sizes[0] > 0]
     if len(full) < 2:
         raise ValueError(
             f"Two batches of one size are needed at least: got batches of {sizes} samples and "

@@ -98,6 +98,7 @@ def cut_one(images):
         ((X, X), TypeError, "must be an iterable of batches where `batch_size` is not given: got tuple of arrays"),
         ([], ValueError, r"Two batches of one size are needed at least: got batches of \[\] samples"),
         ([X[:16], X[:8]], ValueError, r"Two batches of one size are needed at least: got batches of \[16, 8\] samples"),
+        ([X[:0], X[:0]], ValueError, r"Two batches of one size are needed at least: got batches of \[0, 0\] samples"),
         ([X[:16], X[:8], X[:16]], ValueError, r"must be of one size.*smaller last one.*got \[8, 16\] samples"),
         ([X[:8], X[:8], X[:16]], ValueError, r"must be of one size.*got \[8, 16\] samples"),
         ([X[:16], X[:16], X[:8], X[:8]], ValueError, r"must be of one size.*got \[8, 16\] samples"),
