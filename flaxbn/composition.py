@@ -67,9 +67,10 @@ def _added(pair: Pair) -> float:
 
 
 def _both(given: BatchNoise, shuffled: BatchNoise) -> str:
+    shares = _percent(given.typical_share), _percent(shuffled.typical_share)
     return (
-        f"{_percent(given.typical_share)} of the variance of what half of its channels put out, or more, is noise of "
-        f"its batches of {given.batch_size}, and {_percent(shuffled.typical_share)} where the same examples are shuffled"
+        f"{shares[0]} of the variance of what half of its channels put out, or more, is noise of its batches of "
+        f"{given.batch_size}, and {shares[1]} where the same examples are shuffled"
     )
 
 
