@@ -209,10 +209,12 @@ def _parts(*groups: Sequence[Any]) -> list[Any]:
 
 
 def _never_estimated(names: Sequence[str], drift: Sequence[Drift]) -> list[Finding]:
-    evidence = (
-        f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {len(drift)} layers."
-    )
+    evidence = f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {_all(drift)}."
     return [Finding.of("never estimated", names[0], len(names), 0, evidence)] if names else []
+
+
+def _all(records: Sequence[Drift]) -> str:
+    return f"{len(records)} {'rows of statistics' if any(r.layer.endswith(']') for r in records) else 'layers'}"
 
 
 def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], place: str = "") -> list[Finding]:
@@ -228,7 +230,7 @@ def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoi
     worst = max(far, key=lambda record: record.share / limit(record))
     evidence = (
         f"its statistics change the mean square of what it puts out by {worst.share:.1%}, the noise of a batch by "
-        f"{noise[worst.layer].share:.1%}; {len(far)} of {len(known)} layers are far from the population."
+        f"{noise[worst.layer].share:.1%}; {len(far)} of {_all(known)} are far from the population."
     )
     return [Finding.of(trap, worst.layer + place, worst.share, limit(worst), evidence)]
 

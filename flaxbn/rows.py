@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,23 +15,24 @@ from flaxbn.observe import Call
 from flaxbn.request import call_directly, check_model
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
 
     Attributes:
-        layer: its path in `batch_stats`.
+        path: that of its layer in `batch_stats`.
         label: where the row lies in the layer's statistics, as an index without brackets; empty for a single row.
         channels: the places of its channels in these statistics, flattened.
     """
 
-    layer: stored.Path
+    path: stored.Path
     label: str
     channels: np.ndarray
 
     @property
     def name(self) -> str:
         """The layer's name, with the row in brackets where it has several."""
-        return layer_name(self.layer) + (f"[{self.label}]" if self.label else "")
+        return layer_name(self.path) + (f"[{self.label}]" if self.label else "")
 
     def of(self, tree: Any) -> Any:
         """The channels of this row, from arrays of the shape of the layer's statistics."""
@@ -80,7 +82,7 @@ def seen_rows(rows: RowsByLayer | None, path: stored.Path, count: Any) -> list[R
     if rows is None or path not in rows:
         return _along_last(path, count, known=rows is None)
     seen = np.ravel(count) > 0
-    kept = [row._replace(channels=row.channels[seen[row.channels]]) for row in rows[path]]
+    kept = [replace(row, channels=row.channels[seen[row.channels]]) for row in rows[path]]
     return [row for row in kept if row.channels.size]
 
 

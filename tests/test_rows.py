@@ -198,7 +198,7 @@ def test_what_was_never_estimated(case, tmp_path):
     found = diagnostics.diagnose(model, variables, DATA, losses, batch_size=BATCH)
     (finding,) = [finding for finding in found.findings if finding.trap == "never estimated"]
     assert (finding.where, finding.number) == (name, 1)
-    assert f"in 1 of {len(rows)} layers" in finding.evidence
+    assert f"in 1 of {len(rows)} {'rows of statistics' if '[' in name else 'layers'}." in finding.evidence
     layer, bracket, place = name.partition("[")
     expected = f"those of '{layer}'" + (f" (at [{place})" if bracket else "") + " were never estimated"
     with pytest.raises(ValueError, match=re.escape(expected)):
@@ -214,6 +214,18 @@ def test_channels_that_happen_to_be_initial_are_no_row(tmp_path):
     found = diagnostics.diagnose(model, variables, DATA, losses, batch_size=BATCH)
     assert "never estimated" not in {finding.trap for finding in found.findings}
     flaxbn.export_inference(model, variables, {"x": X}, tmp_path / "model.zip", platforms=("cpu",))
+
+
+def test_rows_are_compared_by_identity():
+    """Their channels are an array, which has no one truth."""
+    variables = jax.jit(Layer(TWO, True).init)(jax.random.key(0), DATA)
+    found, again = (diagnostics.rows_of(Layer(TWO, True), variables, DATA) for _ in range(2))
+    assert found == found
+    assert found != again
+    assert [(row.path, row.label, row.name) for row in found[("norm",)]] == [
+        (("norm",), "0", "norm[0]"),
+        (("norm",), "1", "norm[1]"),
+    ]
 
 
 @pytest.mark.parametrize(("field", "value"), [("mean", 0.1), ("var", 1.1), ("var", np.nan)])
