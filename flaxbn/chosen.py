@@ -1,7 +1,7 @@
 """Some batches of training data, to look at."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,9 +73,18 @@ def joined(batches: Sequence[Any]) -> Any:
     return jax.tree.map(join, *batches)
 
 
-def reshuffled(batches: Sequence[Any]) -> list[Any]:
-    """The same examples, drawn anew into as many batches; always the same."""
-    size = data.count_samples(batches[0])
-    order = np.random.default_rng(0).permutation(size * len(batches)).reshape(-1, size)
-    whole = joined(batches)
-    return [jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in order]
+def by_shape(batches: Iterable[Any]) -> list[list[Any]]:
+    """The batches in groups whose examples have one shape, sequences of one length say."""
+    groups: dict[Any, list[Any]] = {}
+    for batch in batches:
+        groups.setdefault(tuple(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)), []).append(batch)
+    return [*groups.values()]
+
+
+def reshuffled(batches: Sequence[Any]) -> Iterator[Any]:
+    """The same examples, drawn anew into as many batches, those of one shape among themselves; always the same."""
+    for group in by_shape(batches):
+        size = data.count_samples(group[0])
+        order = np.random.default_rng(0).permutation(size * len(group)).reshape(-1, size)
+        whole = joined(group)
+        yield from (jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in order)

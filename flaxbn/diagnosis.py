@@ -1,6 +1,6 @@
 """Which trap of batch normalization a model is in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from flaxbn import batches as data
 from flaxbn import stored
 from flaxbn.batchwise import batch_moments
 from flaxbn.broken import mixing, not_finite, not_finite_loss, not_finite_statistics
-from flaxbn.chosen import joined, reshuffled, some_batches
+from flaxbn.chosen import by_shape, joined, reshuffled, some_batches
 from flaxbn.composition import composition
 from flaxbn.drift import Drift, compare
 from flaxbn.findings import HARMLESS_SHARE, Finding, Trap
@@ -126,13 +126,13 @@ are too few to say that their order did it |
     check_model(model)
     chosen = some_batches(batches, batch_size, num_batches)
     size = data.count_samples(chosen[0])
-    example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(chosen[: -(-_EXAMPLES // size)]))
+    example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(by_shape(chosen)[0][: -(-_EXAMPLES // size)]))
     broken = not_finite(model, variables, chosen, example, call) or mixing(model, variables, example, call)
     if broken:
         return Diagnosis(tuple(broken))
     rows = rows_of(model, variables, chosen[0], call=call)
 
-    def measured(batches: Sequence[Any]) -> list[Any]:
+    def measured(batches: Iterable[Any]) -> list[Any]:
         return [*batch_moments(model, variables, batches, call=call, only=only)]
 
     def noise_of(groups: Mapping[Any, Sequence[Any]]) -> dict[Any, tuple[BatchNoise, ...]]:

@@ -1,5 +1,7 @@
 """Batches to look at: of arrays, of iterables, and the same examples shuffled."""
 
+import tracemalloc
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -110,9 +112,33 @@ def test_errors(reader, batches, error, message):
         reader(batches)
 
 
+@pytest.mark.parametrize("size", [4, 16])
+def test_batches_of_sequences_of_several_lengths(size):
+    """Bucketed by length; drawn anew among those of one, with a class each they are found to be alike."""
+    lengths = np.tile([5, 7, 9], 16)
+    given = [RNG.normal(4 * (k // 3 % 2), 1, (size, length, 4)).astype(np.float32) for k, length in enumerate(lengths)]
+    assert sorted(len(batch[0]) for batch in reshuffled(given)) == sorted(lengths)
+    before, after = (sorted(np.concatenate([*map(np.ravel, batches)])) for batches in (given, reshuffled(given)))
+    assert before == after
+    exact = {"mean": np.full(4, 2, np.float32), "var": np.full(4, 5, np.float32)}
+    found = diagnose(MODEL, {**VARIABLES, "batch_stats": exact}, given, lambda output, batch: output.sum((1, 2)))
+    assert "non-i.i.d. batches" in {finding.trap for finding in found.findings}, str(found)
+
+
+def test_shuffling_holds_one_copy_more():
+    """Of 64 batches; the 65th is the one that is looked at."""
+    batches = [np.zeros((16, 1000), np.float32) for _ in range(64)]
+    tracemalloc.start()
+    for _ in reshuffled(batches):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * sum(batch.nbytes for batch in batches)  # with room for what Python needs; it was 2
+
+
 def test_shuffling_keeps_the_examples_and_the_sizes():
     chosen = some_batches(DATA, 16, 64)
-    again = reshuffled(chosen)
+    again = [*reshuffled(chosen)]
     assert [len(batch["x"]) for batch in again] == [16] * 8
     before, after = joined(chosen), joined(again)
     np.testing.assert_array_equal(np.sort(after["x"], 0), np.sort(before["x"], 0))
