@@ -60,8 +60,8 @@ def rows_of(
         TypeError: if `model` is not a `flax.linen.Module`.
     """
     check_model(model)
-    layers = stored.stored_layers(variables.get("batch_stats", {})).entries
-    if not layers:
+    layers = stored.stored_layers(variables.get("batch_stats", {}))
+    if not layers.entries:
         return {}
     variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
     program, _ = observe.trace(model, variables, batch, call or call_directly, None)
@@ -72,8 +72,19 @@ def rows_of(
         if e is not None and e.size
         for row in e.reshape(-1, math.prod(e.shape[e.ndim - rank :]))
     ]
-    found = {path: _named(path, n, [row[np.isin(row, n)] for row in read]) for path, n in layers.items()}
-    return {path: rows for path, rows in found.items() if rows}
+    return {path: _named(path, layers.entries[path], parts) for path, parts in _by_layer(read, layers).items()}
+
+
+def _by_layer(read: Iterable[np.ndarray], layers: stored.StoredLayers) -> dict[stored.Path, list[np.ndarray]]:
+    """What was read of each layer, in the order of the layers."""
+    owner = np.zeros(layers.total + 1, int)
+    for number, entries in enumerate(layers.entries.values()):
+        owner[entries] = number
+    found: list[list[np.ndarray]] = [[] for _ in layers.entries]
+    for row in read:
+        for number in np.unique(owner[row]):
+            found[number].append(row[owner[row] == number])
+    return {path: parts for path, parts in zip(layers.entries, found) if parts}
 
 
 def seen_rows(rows: RowsByLayer | None, path: stored.Path, count: Any) -> list[Row]:
