@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import stored
+from flaxbn import observe, stored
 from flaxbn.batchwise import batch_moments
 from flaxbn.broken import mixing, not_finite, not_finite_loss, not_finite_statistics
 from flaxbn.chosen import by_shape, joined, reshuffled, some_batches
@@ -19,10 +19,11 @@ from flaxbn.drift import Drift, compare
 from flaxbn.findings import HARMLESS_SHARE, Finding, Trap
 from flaxbn.gap import Gap, gap
 from flaxbn.initial import never_estimated
+from flaxbn.linen import BatchRenorm
 from flaxbn.moments import is_moments, merge
 from flaxbn.noise import BatchNoise, by_layer, noise_among
 from flaxbn.observe import Call
-from flaxbn.request import check_model
+from flaxbn.request import call_directly, check_model
 from flaxbn.results import NotFiniteError
 from flaxbn.rows import RowsByLayer, rows_of
 
@@ -153,7 +154,7 @@ are too few to say that their order did it |
     far = _apart(moments, groups, noise, rows, epsilon)
     if not far:
         far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
-    composed = composition(noise, shuffled, _renormalized(kept, rows))
+    composed = composition(noise, shuffled, _renormalized(model, variables, chosen[0], call, rows))
     losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
     findings = (*not_finite_loss(losses[None]), *_never_estimated(untouched, drift), *far, *composed)
     return Diagnosis(findings, drift, noise, losses, shuffled)
@@ -235,7 +236,17 @@ def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoi
     return [Finding.of(trap, worst.layer + place, worst.share, limit(worst), evidence)]
 
 
-def _renormalized(batch_stats: Any, rows: RowsByLayer) -> set[str]:
-    """The rows of layers with a counter of renorm steps, which do not put out what the batch makes of their input."""
-    leaves = stored.named_leaves(batch_stats)
-    return {row.name for path, of_layer in rows.items() if (*path, "steps") in leaves for row in of_layer}
+def _renormalized(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rows: RowsByLayer
+) -> set[str]:
+    """The rows of `BatchRenorm` layers, which do not put out what the batch makes of their input."""
+    paths: set[stored.Path] = set()
+
+    def note(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchRenorm):
+            paths.add(context.module.path)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        observe.trace(model, variables, batch, call or call_directly, None)
+    return {row.name for path in paths for row in rows.get(path, ())}

@@ -303,6 +303,38 @@ def test_renormalization_is_not_found_to_have_small_batches():
     assert "non-i.i.d. batches" not in named(variables, by_class(DATA), model=model, batch_size=64)[0]
 
 
+class Members(nn.Module):
+    """A layer for each half of the channels, their statistics stacked."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, x):
+        mapped = nn.vmap(
+            lambda module, x: self.norm(use_running_average=True, name="norm", parent=module)(x),
+            in_axes=1,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+        )
+        return mapped(self, x.reshape(len(x), 2, -1))
+
+
+@pytest.mark.parametrize("model", [Members, lambda norm: norm(use_running_average=True)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm, flaxbn.BatchNorm, flaxbn.BatchRenorm])
+def test_renormalization_is_known_where_its_steps_are_not_stored(model, norm):
+    """As in a checkpoint of `BatchNorm`, from which it goes on."""
+    x = np.random.default_rng(0).normal(size=(256, 4)).astype(np.float32)
+    variables = jax.jit(model(norm).init)(jax.random.key(0), x)
+    variables = {**variables, "batch_stats": without_steps(variables["batch_stats"])}
+    found = diagnose(model(norm), variables, x, lambda output, batch: jnp.zeros(len(batch)), batch_size=4)
+    assert ("batches too small" in str(found)) == (norm is not flaxbn.BatchRenorm), str(found)
+
+
+def without_steps(batch_stats):
+    leaves = {k: without_steps(v) if isinstance(v, dict) else v for k, v in batch_stats.items()}
+    return {name: leaf for name, leaf in leaves.items() if name != "steps"}
+
+
 def test_layers_left_out(healthy):
     """A layer whose statistics are frozen is not found to lag."""
     variables, before = healthy
