@@ -1,6 +1,7 @@
 """What makes all else meaningless: values that are not finite, and predictions that depend on the batch."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,25 +12,47 @@ import numpy as np
 from flaxbn import batches as data
 from flaxbn import stored
 from flaxbn.findings import Finding
+from flaxbn.gap import Gap
 from flaxbn.independence import BatchDependenceError, assert_batch_independent, outputs, split
 from flaxbn.naming import layer_name
 from flaxbn.observe import Call
 from flaxbn.request import call_directly
+from flaxbn.results import NotFiniteError
 
 
-def not_finite(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
-    """Statistics, weights, data or outputs that hold NaN or infinities, and negative variances."""
-    named = {"batch_stats": variables.get("batch_stats", {}), "params": variables.get("params", {}), "data": batch}
-    leaves = {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(named)}
-    wrong = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
+def not_finite(
+    model: nn.Module, variables: Mapping[str, Any], batches: Sequence[Any], example: Any, call: Call | None
+) -> list[Finding]:
+    """Statistics, weights, data or outputs for `example` that hold NaN or infinities, and negative variances."""
+    named = {"batch_stats": variables.get("batch_stats", {}), "params": variables.get("params", {})}
+    leaves = [leaf for tree in (named, *({"data": b} for b in batches)) for leaf in _leaves(tree)]
+    wrong = [*dict.fromkeys(name for name, leaf in leaves if not _is_finite(leaf))]
     stored_leaves = stored.named_leaves(named["batch_stats"])
     negative = [names for names, leaf in stored_leaves.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
     wrong += [f"stored {layer_name(names)}" for names in negative]
     if not wrong:
-        found = outputs(model, variables, batch, call or call_directly)
+        found = outputs(model, variables, example, call or call_directly)
         wrong = [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
     evidence = f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} should be finite, variances positive."
     return [Finding.of("not finite", wrong[0], len(wrong), 0, evidence)] if wrong else []
+
+
+def not_finite_statistics(error: NotFiniteError) -> Finding:
+    """Statistics of a batch that hold NaN or infinities."""
+    return Finding.of("not finite", error.layer, 1, 0, str(error))
+
+
+def not_finite_loss(loss: Gap) -> list[Finding]:
+    """Losses that are NaN or infinite where data, statistics and weights are not."""
+    wrong = [value for value in (loss.batch, loss.stored) if not math.isfinite(value)]
+    evidence = (
+        f"it should be finite: by the statistics of batches it is {loss.batch}, by the stored ones {loss.stored}."
+    )
+    return [Finding.of("not finite", "loss", len(wrong), 0, evidence)] if wrong else []
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _is_finite(leaf: Any) -> bool:

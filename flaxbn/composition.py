@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flaxbn.drift import SIGNIFICANT
@@ -10,6 +11,7 @@ from flaxbn.noise import BatchNoise
 
 NOISE_SHARE = 0.1
 """The part of a normalized value's variance, noise of the batch, from which batches are too small."""
+_ORDER = 2.0
 Pair = tuple[BatchNoise, BatchNoise]
 
 
@@ -20,22 +22,60 @@ def composition(
     pairs: list[Pair] = []
     for label, records in noise.items():
         others = {record.layer: record for record in shuffled[label]}
-        pairs += [(r, others[r.layer]) for r in records if r.layer in others and r.layer not in left_out]
-    return [*_alike(pairs), *_too_small(pairs)]
+        compared = [r for r in records if r.layer in others and r.layer not in left_out]
+        pairs += [(r, _over_as_many(r.batches, others[r.layer])) for r in compared]
+    alike, small = _alike(pairs), _too_small(pairs)
+    return [*alike, *small] or _undecided(pairs)
+
+
+def _over_as_many(batches: int, shuffled: BatchNoise) -> BatchNoise:
+    """The noise of the examples that a row met, over at most so many batches: the more share them, the fewer in each.
+
+    A row of one domain meets only its own batches, but shuffled a part of every batch.
+    """
+    if shuffled.batches <= batches:
+        return shuffled
+    return replace(shuffled, typical_share=shuffled.typical_share * batches / shuffled.batches, batches=batches)
 
 
 def _alike(pairs: Sequence[Pair]) -> list[Finding]:
     alike = [pair for pair in pairs if pair[0].typical_share > _limit(*pair)]
     if not alike:
         return []
-    given, anew = max(alike, key=lambda pair: pair[0].typical_share - pair[1].typical_share)
-    worth = given.batch_size * anew.typical_share / given.typical_share
-    evidence = (
-        f"{given.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
-        f"batches of {given.batch_size}, and {anew.typical_share:.1%} where the same examples are shuffled: the "
-        f"examples of a batch are alike, and worth {worth:.2g} independent ones."
-    )
+    given, anew = max(alike, key=_added)
+    worth = max(1.0, given.batch_size * anew.typical_share / given.typical_share)
+    evidence = f"{_both(given, anew)}: the examples of a batch are alike, and worth {worth:.2g} independent ones."
     return [Finding.of("non-i.i.d. batches", given.layer, given.typical_share, _limit(given, anew), evidence)]
+
+
+def _undecided(pairs: Sequence[Pair]) -> list[Finding]:
+    """Noise of batches that are too few to tell what did it, their size or their order."""
+    loud = [pair for pair in pairs if pair[0].typical_share > max(NOISE_SHARE, _ORDER * pair[1].typical_share)]
+    if not loud:
+        return []
+    given, anew = max(loud, key=_added)
+    evidence = (
+        f"{_both(given, anew)}: with {given.batches} batches that cannot be told from chance. Give more batches to see "
+        "whether they are too small, or their examples alike."
+    )
+    return [Finding.of("batches too small", given.layer, given.typical_share, NOISE_SHARE, evidence)]
+
+
+def _added(pair: Pair) -> float:
+    """What the order of the examples adds."""
+    return pair[0].typical_share - pair[1].typical_share
+
+
+def _both(given: BatchNoise, shuffled: BatchNoise) -> str:
+    shares = _percent(given.typical_share), _percent(shuffled.typical_share)
+    return (
+        f"{shares[0]} of the variance of what half of its channels put out, or more, is noise of its batches of "
+        f"{given.batch_size}, and {shares[1]} where the same examples are shuffled"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _limit(given: BatchNoise, shuffled: BatchNoise) -> float:
@@ -46,7 +86,7 @@ def _limit(given: BatchNoise, shuffled: BatchNoise) -> float:
     more.
     """
     batches = min(given.batches, shuffled.batches)
-    ratio = max(2.0, math.exp(SIGNIFICANT * math.sqrt(4 / (batches - 1))))
+    ratio = max(_ORDER, math.exp(SIGNIFICANT * math.sqrt(4 / (batches - 1))))
     return max(ratio * shuffled.typical_share, shuffled.typical_share + HARMLESS_SHARE)
 
 

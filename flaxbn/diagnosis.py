@@ -1,6 +1,6 @@
 """Which trap of batch normalization a model is in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,21 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn import batches as data
-from flaxbn import stored
+from flaxbn import observe, stored
 from flaxbn.batchwise import batch_moments
-from flaxbn.broken import mixing, not_finite
-from flaxbn.chosen import joined, reshuffled, some_batches
+from flaxbn.broken import mixing, not_finite, not_finite_loss, not_finite_statistics
+from flaxbn.chosen import by_shape, joined, reshuffled, some_batches
 from flaxbn.composition import composition
 from flaxbn.drift import Drift, compare
 from flaxbn.findings import HARMLESS_SHARE, Finding, Trap
 from flaxbn.gap import Gap, gap
 from flaxbn.initial import never_estimated
-from flaxbn.moments import merge
+from flaxbn.linen import BatchRenorm
+from flaxbn.moments import is_moments, merge
 from flaxbn.noise import BatchNoise, by_layer, noise_among
 from flaxbn.observe import Call
-from flaxbn.population import to_batch_stats
-from flaxbn.request import check_model
+from flaxbn.request import call_directly, check_model
+from flaxbn.results import NotFiniteError
 from flaxbn.rows import RowsByLayer, rows_of
 
 _MOSTLY = 0.9
@@ -81,7 +82,8 @@ def diagnose(
 
     | trap | when |
     | --- | --- |
-    | not finite | statistics, weights, data or outputs hold NaN or infinities, or a stored variance is negative |
+    | not finite | statistics, weights, data, outputs or losses hold NaN or infinities, or a stored variance is \
+negative |
     | training mode at inference | `assert_batch_independent` fails |
     | never estimated | a layer's stored mean is all 0 and its variance all 1 |
     | mixed domains | nine batches in ten or more hold one domain, and the population of all is far from that of one: \
@@ -90,7 +92,8 @@ no shared statistics can be right |
     | non-i.i.d. batches | `BatchNoise.typical_share` of a layer is more than twice that of the same examples \
 shuffled, significantly: the examples of a batch are alike |
     | batches too small | `BatchNoise.typical_share` of a layer exceeds 0.1, of the examples shuffled too: a tenth of \
-what half of its channels put out is noise of the batch |
+what half of its channels put out is noise of the batch; or it is twice that of the examples shuffled, but the batches \
+are too few to say that their order did it |
 
     After one of the first two nothing else is looked at. *Far* is what changes a layer's output by more than the noise
     of a batch does, `Drift.share` against `BatchNoise.share`: training has shown the network that much in every step;
@@ -111,8 +114,10 @@ what half of its channels put out is noise of the batch |
         domain: `batch -> labels`, one for each example.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all. Leave
             out frozen ones.
-        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first; at
-            least 16 for errors worth the name.
+        num_batches: at most so many batches, at least 16 for errors worth the name. Of arrays or of a list of batches
+            they are drawn at random, always the same. Of another iterable they are the first: then the population is
+            that of these, which is not that of all where the data are sorted, and an order that changes more slowly
+            does not show.
         epsilon: what the layers add to the variance.
 
     Raises:
@@ -122,19 +127,22 @@ what half of its channels put out is noise of the batch |
     check_model(model)
     chosen = some_batches(batches, batch_size, num_batches)
     size = data.count_samples(chosen[0])
-    example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(chosen[: -(-_EXAMPLES // size)]))
-    broken = not_finite(model, variables, example, call) or mixing(model, variables, example, call)
+    example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(by_shape(chosen)[0][: -(-_EXAMPLES // size)]))
+    broken = not_finite(model, variables, chosen, example, call) or mixing(model, variables, example, call)
     if broken:
         return Diagnosis(tuple(broken))
     rows = rows_of(model, variables, chosen[0], call=call)
 
-    def measured(batches: Sequence[Any]) -> list[Any]:
+    def measured(batches: Iterable[Any]) -> list[Any]:
         return [*batch_moments(model, variables, batches, call=call, only=only)]
 
     def noise_of(groups: Mapping[Any, Sequence[Any]]) -> dict[Any, tuple[BatchNoise, ...]]:
         return {label: noise_among(group, size, rows, epsilon=epsilon) for label, group in groups.items()}
 
-    moments, numbers = measured(chosen), _groups(chosen, domain)
+    try:
+        moments, numbers = measured(chosen), _groups(chosen, domain)
+    except NotFiniteError as error:
+        return Diagnosis((not_finite_statistics(error),))
     groups = {label: [moments[i] for i in group] for label, group in numbers.items()}
     noise = noise_of(groups)
     shuffled = noise_of({k: measured(reshuffled([chosen[i] for i in group])) for k, group in numbers.items()})
@@ -143,16 +151,16 @@ what half of its channels put out is noise of the batch |
     drift = compare(kept, _parts(*groups.values()), rows=rows, epsilon=epsilon)
     ran = {record.layer for record in drift}
     untouched = [row.name for row in never_estimated(kept, rows) if row.name in ran]
-    far = _apart(kept, moments, groups, noise, rows, epsilon)
+    far = _apart(moments, groups, noise, rows, epsilon)
     if not far:
         far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
-    findings = (*_never_estimated(untouched, drift), *far, *composition(noise, shuffled, _renormalized(kept, rows)))
+    composed = composition(noise, shuffled, _renormalized(model, variables, chosen[0], call, rows))
     losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
+    findings = (*not_finite_loss(losses[None]), *_never_estimated(untouched, drift), *far, *composed)
     return Diagnosis(findings, drift, noise, losses, shuffled)
 
 
 def _apart(
-    kept: Any,
     moments: Sequence[Any],
     groups: Mapping[Any, Sequence[Any]],
     noise: Mapping[Any, Any],
@@ -160,7 +168,7 @@ def _apart(
     epsilon: float,
 ) -> list[Finding]:
     """The domain that is furthest from the population of all."""
-    pooled = to_batch_stats(jax.device_get(merge(*moments)), kept, keep_unseen=True)
+    pooled = jax.tree.map(lambda m: {"mean": m.mean, "var": m.var}, merge(*moments), is_leaf=is_moments)
     found = [
         finding
         for label, group in groups.items()
@@ -202,10 +210,12 @@ def _parts(*groups: Sequence[Any]) -> list[Any]:
 
 
 def _never_estimated(names: Sequence[str], drift: Sequence[Drift]) -> list[Finding]:
-    evidence = (
-        f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {len(drift)} layers."
-    )
+    evidence = f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {_all(drift)}."
     return [Finding.of("never estimated", names[0], len(names), 0, evidence)] if names else []
+
+
+def _all(records: Sequence[Drift]) -> str:
+    return f"{len(records)} {'rows of statistics' if any(r.layer.endswith(']') for r in records) else 'layers'}"
 
 
 def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], place: str = "") -> list[Finding]:
@@ -221,12 +231,22 @@ def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoi
     worst = max(far, key=lambda record: record.share / limit(record))
     evidence = (
         f"its statistics change the mean square of what it puts out by {worst.share:.1%}, the noise of a batch by "
-        f"{noise[worst.layer].share:.1%}; {len(far)} of {len(known)} layers are far from the population."
+        f"{noise[worst.layer].share:.1%}; {len(far)} of {_all(known)} are far from the population."
     )
     return [Finding.of(trap, worst.layer + place, worst.share, limit(worst), evidence)]
 
 
-def _renormalized(batch_stats: Any, rows: RowsByLayer) -> set[str]:
-    """The rows of layers with a counter of renorm steps, which do not put out what the batch makes of their input."""
-    leaves = stored.named_leaves(batch_stats)
-    return {row.name for path, of_layer in rows.items() if (*path, "steps") in leaves for row in of_layer}
+def _renormalized(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rows: RowsByLayer
+) -> set[str]:
+    """The rows of `BatchRenorm` layers, which do not put out what the batch makes of their input."""
+    paths: set[stored.Path] = set()
+
+    def note(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchRenorm):
+            paths.add(context.module.path)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        observe.trace(model, variables, batch, call or call_directly, None)
+    return {row.name for path in paths for row in rows.get(path, ())}

@@ -35,7 +35,7 @@ class Drift:
     Attributes:
         layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
             "(the model itself)" for a model that is a single layer.
-        channels: how many it has.
+        channels: how many of its channels saw data.
         dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
         count: the weight of the positions behind the estimate, in the channel that has least.
         shift: `|mean_stored - mean| / s`, in standard deviations; like all that follow, of the channels that are not
@@ -95,9 +95,9 @@ def compare(
 
                 e^2 = K / (K - 1) * sum_k (n_k / n)^2 (m_k - m)^2
 
-            `n_k` being the counts, and `m_k` the mean or the variance of a part that saw the row. With one part alone
-            they are `1 / sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all positions were
-            independent and normal: far too small where neighbouring pixels are alike.
+            `n_k` being the counts, and `m_k` the mean or the variance of a part that saw the channel. With one such
+            part alone they are `1 / sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all
+            positions were independent and normal: far too small where neighbouring pixels are alike.
         rows: from `rows_of`, which channels of a layer are normalized together. By default those along the last axis
             of its statistics, as with `num_domains`, and in `nn.scan` and `nn.vmap` that stack along axis 0; it must be
             given for layers with several feature axes, and for statistics that are stacked along another axis.
@@ -108,8 +108,8 @@ def compare(
         layers in a scan) one for each row that saw data.
 
     Raises:
-        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or a row saw data in
-            some of its channels only.
+        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or, without `rows`, a
+            row saw data in some of its channels only.
     """
     if isinstance(population, list) and not population:
         raise ValueError("`population` must be moments, or a list of them: got an empty list.")
@@ -129,8 +129,7 @@ def compare(
         everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
         for row in seen_rows(rows, path, moments.count):
             mean, var, whole, *row_parts = row.of(everything)
-            seen = [part for part in row_parts if np.all(part.count > 0)]
-            records.append(_drift(row.name, mean, var, whole, seen, epsilon))
+            records.append(_drift(row.name, mean, var, whole, row_parts, epsilon))
     return tuple(records)
 
 
@@ -160,17 +159,15 @@ def _drift(
 def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
     """Of the mean and of the variance."""
     count, var = np.asarray(merged.count, np.float64), np.asarray(merged.var, np.float64)
-    if len(parts) == 1:
-        return np.sqrt(var / count), var * np.sqrt(2 / count)
-    shares = [part.count / count for part in parts]
-    factor = len(parts) / (len(parts) - 1)
+    number = np.sum([part.count > 0 for part in parts], axis=0)
+    factor = number / np.maximum(number - 1, 1)
 
-    def error(field: str) -> np.ndarray:
+    def error(field: str, of_one: np.ndarray) -> np.ndarray:
         whole = np.asarray(getattr(merged, field), np.complex128)
-        squares = (w**2 * np.abs(getattr(part, field) - whole) ** 2 for w, part in zip(shares, parts))
-        return np.sqrt(factor * np.sum([*squares], axis=0))
+        squares = ((part.count / count) ** 2 * np.abs(getattr(part, field) - whole) ** 2 for part in parts)
+        return np.where(number > 1, np.sqrt(factor * np.sum([*squares], axis=0)), of_one)
 
-    return error("mean"), error("var")
+    return error("mean", np.sqrt(var / count)), error("var", var * np.sqrt(2 / count))
 
 
 def _channels(values: np.ndarray) -> Channels:

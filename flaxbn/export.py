@@ -136,7 +136,7 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[stored.Path, np.
 def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[stored.Path, np.ndarray]) -> None:
     initial: dict[stored.Path, list[str]] = {}
     for row in never_estimated(variables.get("batch_stats", {}), rows, counts):
-        initial.setdefault(row.layer, []).append(f"[{row.label}]")
+        initial.setdefault(row.path, []).append(f"[{row.label}]")
     if initial:
         places = (
             f"'{layer_name(path)}'" + (f" (at {', '.join(labels)})" if len(labels) < len(rows[path]) else "")

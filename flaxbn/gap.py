@@ -135,6 +135,7 @@ def _distinct(labels: np.ndarray, domain: Callable[[Any], Any] | None) -> list[A
     return [] if domain is None else np.unique(labels).tolist()
 
 
+@np.errstate(invalid="ignore")  # where losses are infinite, their difference is NaN
 def _record(by_batch: np.ndarray, by_stored: np.ndarray, numbers: np.ndarray, validation: float | None) -> Gap:
     difference = by_stored - by_batch
     sums = np.bincount(numbers, difference - np.mean(difference))

@@ -16,8 +16,8 @@ def never_estimated(
     leaves = stored.named_leaves(batch_stats)
 
     def is_initial(row: Row) -> bool:
-        mean, var = row.of([leaves[(*row.layer, field)] for field in ("mean", "var")])
-        saw_data = counts is not None and row.layer in counts and np.any(row.of(counts[row.layer]) > 0)
+        mean, var = row.of([leaves[(*row.path, field)] for field in ("mean", "var")])
+        saw_data = counts is not None and row.path in counts and np.any(row.of(counts[row.path]) > 0)
         return not np.any(mean) and bool(np.all(var == 1)) and not saw_data
 
     return [row for of_layer in rows.values() for row in of_layer if is_initial(row)]

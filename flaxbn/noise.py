@@ -33,7 +33,7 @@ class BatchNoise:
         var: that of `(var_batch - var) / s^2`.
         enough: the smallest batch size at which both are at most the tolerance.
         typical_share: `share` of the median channel, which a few channels that are rarely active do not raise.
-        batches: how many batches say so.
+        batches: how many batches say so, of the median channel.
     """
 
     layer: str
@@ -75,12 +75,13 @@ def batch_noise(
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of
-            batches of one size, which is read once, up to `num_batches` batches. A smaller last one is left out.
+            batches of one size, which is read once, up to `num_batches` batches; a smaller last one is left out.
         batch_size: the number of samples in a batch; what does not fill one at the end is left out.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
         only: `path -> bool`, the layers that training normalizes by their batches; by default all.
         tolerance: of the noise, in standard deviations for the mean and as a part of the variance.
-        num_batches: at most so many batches, of arrays drawn at random, always the same, of an iterable the first.
+        num_batches: at most so many batches, of arrays or of a list of batches drawn at random, always the same; of
+            another iterable the first, whose population stands for all.
         epsilon: what the layers add to the variance.
 
     Returns:
@@ -108,9 +109,9 @@ def noise_among(
         everything = merged, *(by_path[path] for by_path in each)
         for row in seen_rows(rows, path, merged.count):
             whole, *parts = row.of(everything)
-            seen = [part for part in parts if np.all(part.count > 0)]
-            if len(seen) > 1:
-                records.append(_noise(row.name, whole, seen, batch_size, tolerance, epsilon))
+            seen = np.stack([part.count > 0 for part in parts])
+            if np.any(seen.sum(0) > 1):
+                records.append(_noise(row.name, whole, parts, seen, batch_size, tolerance, epsilon))
     return tuple(records)
 
 
@@ -123,18 +124,25 @@ def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
 
 
 def _noise(
-    name: str, merged: Moments, each: Sequence[Moments], batch_size: int, tolerance: float, epsilon: float
+    name: str,
+    merged: Moments,
+    each: Sequence[Moments],
+    seen: np.ndarray,
+    batch_size: int,
+    tolerance: float,
+    epsilon: float,
 ) -> BatchNoise:
-    alive = np.asarray(merged.var) > epsilon
+    """Of the channels that two batches or more have `seen`, of shape (batches, channels)."""
+    number = seen.sum(0)
+    alive = (np.asarray(merged.var) > epsilon) & (number > 1)
     divisor = (np.asarray(merged.var, np.float64) + epsilon)[alive]
-    factor = len(each) / (len(each) - 1)
 
     def mean_square(field: str, unit: np.ndarray) -> np.ndarray:
         deviations = np.stack([(getattr(m, field) - getattr(merged, field))[alive] / unit for m in each])
-        return factor * np.mean(np.abs(deviations) ** 2, 0)
+        return np.sum(np.abs(deviations) ** 2, 0, where=seen[:, alive]) / (number[alive] - 1)
 
     squares = mean_square("mean", np.sqrt(divisor)), mean_square("var", divisor)
     mean, var = (math.sqrt(float(np.mean(s))) if alive.any() else 0.0 for s in squares)
     enough = max(2, math.ceil(batch_size * (max(mean, var) / tolerance) ** 2))
     typical = float(np.median(squares[0] + squares[1] / 4)) if alive.any() else 0.0
-    return BatchNoise(name, batch_size, mean, var, enough, typical, len(each))
+    return BatchNoise(name, batch_size, mean, var, enough, typical, int(np.median(number[number > 1])))

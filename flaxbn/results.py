@@ -30,6 +30,17 @@ class Result(NamedTuple):
     first_bad: Array
 
 
+class NotFiniteError(ValueError):
+    """Moments of a layer that hold NaN or infinities."""
+
+    def __init__(self, layer: str, step: int) -> None:
+        self.layer = layer
+        super().__init__(
+            f"Batch statistics must be finite: those of '{layer}' are not in batch {step} (counted from 0), so its "
+            "input holds NaN or infinite values, or overflows."
+        )
+
+
 def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
     """For each tap its moments along the leading axis merged, and where the first ones lie that are not finite."""
 
@@ -70,10 +81,7 @@ def check_finite(results: Sequence[Result], layers: stored.StoredLayers) -> None
         for entries, bad in zip(result.entries, result.first_bad):
             if bad >= 0:
                 path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
-                raise ValueError(
-                    f"Batch statistics must be finite: those of '{layer_name(path)}' are not in batch "
-                    f"{result.steps[bad]} (counted from 0), so its input holds NaN or infinite values, or overflows."
-                )
+                raise NotFiniteError(layer_name(path), result.steps[bad])
 
 
 def warn_called_twice(results: Sequence[Result], layers: stored.StoredLayers) -> None:

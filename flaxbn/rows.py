@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,23 +15,24 @@ from flaxbn.observe import Call
 from flaxbn.request import call_directly, check_model
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
 
     Attributes:
-        layer: its path in `batch_stats`.
+        path: that of its layer in `batch_stats`.
         label: where the row lies in the layer's statistics, as an index without brackets; empty for a single row.
         channels: the places of its channels in these statistics, flattened.
     """
 
-    layer: stored.Path
+    path: stored.Path
     label: str
     channels: np.ndarray
 
     @property
     def name(self) -> str:
         """The layer's name, with the row in brackets where it has several."""
-        return layer_name(self.layer) + (f"[{self.label}]" if self.label else "")
+        return layer_name(self.path) + (f"[{self.label}]" if self.label else "")
 
     def of(self, tree: Any) -> Any:
         """The channels of this row, from arrays of the shape of the layer's statistics."""
@@ -58,8 +60,8 @@ def rows_of(
         TypeError: if `model` is not a `flax.linen.Module`.
     """
     check_model(model)
-    layers = stored.stored_layers(variables.get("batch_stats", {})).entries
-    if not layers:
+    layers = stored.stored_layers(variables.get("batch_stats", {}))
+    if not layers.entries:
         return {}
     variables = {**variables, "batch_stats": stored.widened(variables["batch_stats"])}
     program, _ = observe.trace(model, variables, batch, call or call_directly, None)
@@ -70,17 +72,35 @@ def rows_of(
         if e is not None and e.size
         for row in e.reshape(-1, math.prod(e.shape[e.ndim - rank :]))
     ]
-    found = {path: _named(path, n, [row[np.isin(row, n)] for row in read]) for path, n in layers.items()}
-    return {path: rows for path, rows in found.items() if rows}
+    return {path: _named(path, layers.entries[path], parts) for path, parts in _by_layer(read, layers).items()}
+
+
+def _by_layer(read: Iterable[np.ndarray], layers: stored.StoredLayers) -> dict[stored.Path, list[np.ndarray]]:
+    """What was read of each layer, in the order of the layers."""
+    owner = np.zeros(layers.total + 1, int)
+    for number, entries in enumerate(layers.entries.values()):
+        owner[entries] = number
+    found: list[list[np.ndarray]] = [[] for _ in layers.entries]
+    for row in read:
+        for number in np.unique(owner[row]):
+            found[number].append(row[owner[row] == number])
+    return {path: parts for path, parts in zip(layers.entries, found) if parts}
 
 
 def seen_rows(rows: RowsByLayer | None, path: stored.Path, count: Any) -> list[Row]:
-    """The rows of a layer that saw data; without `rows` those along the last axis of its statistics."""
+    """The rows of a layer with those of their channels that saw data; without `rows` those along the last axis."""
     count = np.asarray(count)
+    if rows is None or path not in rows:
+        return _along_last(path, count, known=rows is None)
+    seen = np.ravel(count) > 0
+    kept = [replace(row, channels=row.channels[seen[row.channels]]) for row in rows[path]]
+    return [row for row in kept if row.channels.size]
+
+
+def _along_last(path: stored.Path, count: np.ndarray, *, known: bool) -> list[Row]:
     numbers = np.arange(count.size).reshape(count.shape)
-    along_last = numbers.reshape(-1, count.shape[-1] if count.ndim else 1)
-    known = _named(path, numbers, along_last) if rows is None else rows.get(path, ())
-    kept = [row for row in known if np.all(row.of(count) > 0)]
+    rows = _named(path, numbers, numbers.reshape(-1, count.shape[-1] if count.ndim else 1)) if known else []
+    kept = [row for row in rows if np.all(row.of(count) > 0)]
     covered = np.concatenate([np.zeros(0, int), *(row.channels for row in kept)])
     if np.any(np.delete(count, covered) > 0):
         raise ValueError(

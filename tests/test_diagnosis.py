@@ -182,6 +182,29 @@ def test_mixed_domains():
     assert traps == [], str(found)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"), [(jnp.bfloat16, 100.2, 1), (jnp.float16, 0, 400)], ids=["rounded", "overflow"]
+)
+def test_domains_are_compared_in_float32_whatever_is_stored(dtype, mean, std):
+    """Two domains of one distribution; bfloat16 rounds 100.2 to 100, float16 ends at 65504."""
+    x = np.random.default_rng(0).normal(mean, std, (2048, 4)).astype(np.float32)
+    data = {"image": x, "domain": np.arange(2048) // 64 % 2}
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), x)
+    lagging = {"mean": jnp.full(4, mean, dtype), "var": jnp.full(4, min(2 * std**2, 60000), dtype)}
+    found = diagnose(
+        model,
+        {**variables, "batch_stats": lagging},
+        data,
+        lambda output, batch: output.sum(-1),
+        call=call,
+        domain=lambda batch: batch["domain"],
+        batch_size=64,
+    )
+    assert set(found.noise) == {0, 1}
+    assert [finding.trap for finding in found.findings] == ["lagging average"], str(found)
+
+
 def test_domains_in_mixed_batches_are_no_trap():
     """Trained with both domains in every batch, tested with the population of both."""
     data = in_turn(DATA, 1)
@@ -209,18 +232,43 @@ def test_a_statistic_that_is_not_finite(healthy):
     assert "['batch_stats']['BatchNorm_2']['mean'], stored BatchNorm_2/var" in str(found)
 
 
-@pytest.mark.parametrize("where", ["data", "weights"])
+@pytest.mark.parametrize("where", [3, 1700, "weights"])
 def test_values_that_are_not_finite_are_not_taken_for_another_trap(healthy, where):
+    """In the weights, or in an early or a late example."""
     variables, data = healthy[0], DATA
-    if where == "data":
-        data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == 3, np.nan, IMAGES)}
+    if where != "weights":
+        data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == where, np.nan, IMAGES)}
     else:
         bias = variables["params"]["Dense_0"]["bias"].at[0].set(jnp.inf)
         params = {**variables["params"], "Dense_0": {**variables["params"]["Dense_0"], "bias": bias}}
         variables = {**variables, "params": params}
     traps, found = named(variables, data)
     assert traps == ["not finite"]
-    assert ("['data']['image']" if where == "data" else "['Dense_0']['bias']") in str(found)
+    assert ("['Dense_0']['bias']" if where == "weights" else "['data']['image']") in str(found)
+
+
+def test_a_late_batch_whose_statistics_overflow(healthy):
+    """Its data are finite, their squares are not."""
+    data = {**DATA, "image": np.where(np.arange(1792)[:, None, None, None] == 1700, np.float32(1e30), IMAGES)}
+    traps, found = named(healthy[0], data)
+    assert traps == ["not finite"]
+    assert found.findings[0].where == "BatchNorm_0"
+    assert "those of 'BatchNorm_0' are not in batch 26 (counted from 0)" in str(found)
+
+
+@pytest.mark.parametrize("late", [np.nan, np.inf])
+def test_a_late_loss_that_is_not_finite(healthy, late):
+    data = {**DATA, "factor": np.where(np.arange(1792) == 1700, late, 1).astype(np.float32)}
+    found = diagnose(CNN(), healthy[0], data, lambda z, b: b["factor"] * losses(z, b), call=call, batch_size=64)
+    assert "['data']['factor']" in str(found)
+    data["factor"] = (np.arange(1792) != 1700).astype(np.float32)
+    found = diagnose(CNN(), healthy[0], data, lambda z, b: losses(z, b) + late_of(b, late), call=call, batch_size=64)
+    assert [(finding.trap, finding.where) for finding in found.findings] == [("not finite", "loss")]
+    assert f"by the stored ones {late}" in str(found)
+
+
+def late_of(batch, late):
+    return jnp.where(batch["factor"] == 0, late, 0)
 
 
 class Bottleneck(nn.Module):
@@ -253,6 +301,38 @@ def test_renormalization_is_not_found_to_have_small_batches():
     assert max(record.typical_share for record in found.noise[None]) > 0.1
     assert "batches too small" not in traps
     assert "non-i.i.d. batches" not in named(variables, by_class(DATA), model=model, batch_size=64)[0]
+
+
+class Members(nn.Module):
+    """A layer for each half of the channels, their statistics stacked."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, x):
+        mapped = nn.vmap(
+            lambda module, x: self.norm(use_running_average=True, name="norm", parent=module)(x),
+            in_axes=1,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+        )
+        return mapped(self, x.reshape(len(x), 2, -1))
+
+
+@pytest.mark.parametrize("model", [Members, lambda norm: norm(use_running_average=True)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm, flaxbn.BatchNorm, flaxbn.BatchRenorm])
+def test_renormalization_is_known_where_its_steps_are_not_stored(model, norm):
+    """As in a checkpoint of `BatchNorm`, from which it goes on."""
+    x = np.random.default_rng(0).normal(size=(256, 4)).astype(np.float32)
+    variables = jax.jit(model(norm).init)(jax.random.key(0), x)
+    variables = {**variables, "batch_stats": without_steps(variables["batch_stats"])}
+    found = diagnose(model(norm), variables, x, lambda output, batch: jnp.zeros(len(batch)), batch_size=4)
+    assert ("batches too small" in str(found)) == (norm is not flaxbn.BatchRenorm), str(found)
+
+
+def without_steps(batch_stats):
+    leaves = {k: without_steps(v) if isinstance(v, dict) else v for k, v in batch_stats.items()}
+    return {name: leaf for name, leaf in leaves.items() if name != "steps"}
 
 
 def test_layers_left_out(healthy):
