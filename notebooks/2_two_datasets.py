@@ -15,8 +15,8 @@
 # # One network, two datasets: what goes wrong?
 #
 # A network is trained on two datasets with the same ten classes and shared weights. In training it is normalized by
-# batches; at the test by stored statistics. It goes wrong where the two do not match: one average for two datasets that
-# were normalized apart fits neither, and statistics for each do not fit a network that was normalized by both together.
+# batches; at the test by stored statistics. It goes wrong where the two do not match: above all where one average
+# serves two datasets that were normalized apart, and fits neither.
 #
 # | training | a batch holds | normalized | running average | scale and bias |
 # |---|---|---|---|---|
