@@ -4,6 +4,7 @@ import tempfile
 
 import jax
 
+collect_ignore_glob = ["*.py"]  # what mkdocs is told: it runs where mkdocs is installed
 _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
