@@ -96,7 +96,8 @@ def train(
 ) -> Iterator[training.State]:
     """Trains on batches of the training set with batch statistics, and yields the state after each step.
 
-    The running average is kept, but no batch is normalized by it: the weights are those of a training without it.
+    The running average is kept. Batch normalization does not read it in training, so that its weights are those of a
+    training without one; batch renormalization does.
     """
     split = load().train
     state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
