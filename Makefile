@@ -58,8 +58,8 @@ ifdef DATA_DIR
 endif
 
 notebooks: $(INSTALLED)-notebooks
-	$(if $(FULL),$(BIN)/jupytext --quiet --to ipynb --update notebooks/[0-9]_*.py)
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m pytest notebooks --nbmake --nbmake-timeout=3600 $(if $(FULL),--overwrite) $(ARGS)
+	$(if $(filter-out 0,$(FULL)),$(BIN)/jupytext --quiet --to ipynb --update notebooks/[0-9]_*.py)
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m pytest notebooks --nbmake --nbmake-timeout=3600 $(if $(filter-out 0,$(FULL)),--overwrite) $(ARGS)
 
 docs: $(INSTALLED)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
