@@ -23,10 +23,10 @@ import numpy as np
 import population
 
 import flaxbn
-from flaxbn import batches as data
-from flaxbn.precise import Pass
-from flaxbn.request import request
-from flaxbn.setting import shapes_of
+from flaxbn.data.placement import by_step
+from flaxbn.estimation.compiled import shapes_of
+from flaxbn.estimation.precise import Pass
+from flaxbn.estimation.request import request
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 ARRAY = re.compile(r"(f64|f32|s64|s32|u32|bf16|f16|pred|u8|s8)\[([\d,]*)\]")
@@ -60,7 +60,7 @@ def compiled(name: str, batches: int, per_device: int, normalization_batch: str)
     together = per_device if normalization_batch == "device" else size
     batch = jax.ShapeDtypeStruct((together, *shape), np.float32)
     source = Pass(asked.setting, shapes_of(asked.variables, batch, asked.rngs, present=None))
-    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=data.by_step(asked.setting.sharding))
+    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.setting.sharding))
     return source.scan.lower(asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
 
 

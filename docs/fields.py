@@ -16,7 +16,7 @@ class FlaxFields(griffe.Extension):
             return
         fields: list[griffe.Parameter] = []
         for name in LAYERS:
-            layer = pkg["linen"][name]
+            layer = pkg["layers.linen"][name]
             fields += [
                 griffe.Parameter(
                     attribute.name,

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxbn.moments import merge
-from flaxbn.population import estimate_population_stats
+from flaxbn.arithmetic.moments import merge
+from flaxbn.estimation.population import estimate_population_stats
 
 StatsByDomain = Mapping[str, Any]
 

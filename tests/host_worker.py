@@ -1,4 +1,4 @@
-"""One of several processes that estimate together, started by test_hosts.py.
+"""One of several processes that estimate together, started by tests/data/test_processes.py.
 
 `host_worker.py PORT PROCESSES ID SCENARIO` prints a line of JSON for each thing that happens. The scenario "healthy" is
 all cases in turn; "kill precise 1" ends process 1 in the middle of a precise pass.

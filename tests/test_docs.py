@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT / "docs").as_posix(): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
 REFERENCES = re.compile(r"\]\[(flaxbn[\w.]*)\]")
 DIRECTIVES = re.compile(r"^::: (flaxbn[\w.]*)", re.MULTILINE)
-TESTS = re.compile(r"`(tests/\w+\.py)::([\w:]+)`")
+TESTS = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
 
 
 @functools.cache

@@ -1,0 +1,122 @@
+"""Where batches lie."""
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flaxbn.data.batches import count_samples
+
+
+def data_sharding() -> NamedSharding:
+    """Batches split along their leading axis over all devices of this process.
+
+    For the `sharding` argument of `estimate_population_stats`, and for `jax.device_put` of a batch.
+    """
+    mesh = Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of what all devices of `sharding` hold in whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def with_auto_axes(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding on a mesh whose axes jax partitions by itself, as models without sharding types need it."""
+    axes = (AxisType.Auto,) * len(sharding.mesh.axis_names)
+    return NamedSharding(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=axes), sharding.spec)
+
+
+def to_auto(tree: Any) -> Any:
+    """Arrays that lie on a mesh with other axes, on that mesh with axes that jax partitions by itself."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        if all(kind == AxisType.Auto for kind in leaf.sharding.mesh.axis_types):
+            return leaf
+        return jax.device_put(leaf, with_auto_axes(leaf.sharding))
+
+    return jax.tree.map(convert, tree)
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays on the mesh of `sharding`: split as they are if they lie on its devices already, else whole on each."""
+
+    def spec(leaf: jax.Array) -> PartitionSpec:
+        own = leaf.sharding
+        if not isinstance(own, NamedSharding) or own.mesh.axis_names != sharding.mesh.axis_names:
+            return PartitionSpec()
+        return own.spec if np.array_equal(own.mesh.devices, sharding.mesh.devices) else PartitionSpec()
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), tree)
+
+
+def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:
+    """A context for what is compiled here, whatever mesh the caller has made the current one."""
+    current = jax.sharding.get_abstract_mesh()
+    is_auto = all(kind == AxisType.Auto for kind in current.axis_types)
+    if current.empty or (is_auto and sharding is None):
+        return nullcontext()
+    if by_device or sharding is None:
+        return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    return jax.set_mesh(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=sharding.mesh.axis_types))
+
+
+def free_bytes(devices: Iterable[jax.Device]) -> int | None:
+    """The free memory of the device that has least; None where a device does not tell."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
+        return None
+    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+
+
+def shards(sharding: NamedSharding | None) -> int:
+    """Over how many parts `sharding` spreads the leading axis."""
+    return 1 if sharding is None else math.prod(sharding.mesh.shape[name] for name in split_axes(sharding))
+
+
+def split_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes over which `sharding` spreads the leading axis."""
+    first = sharding.spec[0] if len(sharding.spec) else None
+    return first if isinstance(first, tuple) else () if first is None else (first,)
+
+
+def padding(size: int, parts: int) -> np.ndarray | None:
+    """The weights of a batch of `size` samples padded to a multiple of `parts`; None where it is one already."""
+    if size % parts == 0:
+        return None
+    return np.arange(-(-size // parts) * parts) < size
+
+
+def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray | None]:
+    """A batch on the device or devices, padded to what divides, and which of its samples are present."""
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, batch), None
+    size = count_samples(batch)
+    present = padding(size, shards(sharding))
+    if present is not None:
+        rows = np.minimum(np.arange(len(present)), size - 1)
+        batch = jax.tree.map(lambda a: (a if isinstance(a, jax.Array) else np.asarray(a))[rows], batch)
+    return jax.device_put(batch, sharding), present
+
+
+def by_step(sharding: NamedSharding) -> NamedSharding:
+    """How batches lie along a leading axis, each of them as `sharding`."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def laid_out(arrays: Any, rows: np.ndarray, sharding: NamedSharding) -> Any:
+    """Samples by batch, `rows` being (batches, size): of shape (batches, size, ...), each batch lying as `sharding`."""
+
+    def lay_out(a: Any) -> jax.Array:
+        taken = jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else np.asarray(a)[rows]
+        return jax.device_put(taken, by_step(sharding))
+
+    return jax.tree.map(lay_out, arrays)

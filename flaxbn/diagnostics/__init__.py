@@ -1,0 +1,16 @@
+"""Looking at the statistics of a model, never touching them."""
+
+from flaxbn.diagnostics.diagnosis import Diagnosis as Diagnosis
+from flaxbn.diagnostics.diagnosis import diagnose as diagnose
+from flaxbn.diagnostics.drift import Channels as Channels
+from flaxbn.diagnostics.drift import Drift as Drift
+from flaxbn.diagnostics.drift import compare as compare
+from flaxbn.diagnostics.findings import Finding as Finding
+from flaxbn.diagnostics.loss_gap import Gap as Gap
+from flaxbn.diagnostics.loss_gap import gap as gap
+from flaxbn.diagnostics.noise import BatchNoise as BatchNoise
+from flaxbn.diagnostics.noise import batch_noise as batch_noise
+from flaxbn.diagnostics.report import figure as figure
+from flaxbn.diagnostics.report import table as table
+from flaxbn.models.rows import Row as Row
+from flaxbn.models.rows import rows_of as rows_of

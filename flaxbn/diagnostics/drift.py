@@ -1,0 +1,180 @@
+"""How far stored statistics lie from those of the data, layer by layer, beside the error of the estimate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxbn.arithmetic.moments import Moments, is_moments, merge
+from flaxbn.layers.names import layer_name
+from flaxbn.models.batch_stats import by_path, named_leaves
+from flaxbn.models.rows import RowsByLayer, seen_rows
+
+SIGNIFICANT = 3.0
+"""Standard errors from which a drift is told apart from the error of the estimate."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A quantity of every channel of a layer, not negative: its median, its 95th percentile and its largest value."""
+
+    median: float
+    p95: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the stored statistics of one layer differ from the population's.
+
+    With `s^2 = var + epsilon` of the population, by which the layer divides:
+
+    Attributes:
+        layer: its path in `batch_stats`, joined by "/"; with the row in brackets where it has several, of domains say;
+            "(the model itself)" for a model that is a single layer.
+        channels: how many of its channels saw data.
+        dead: channels whose variance is at most `epsilon`: what they say is lost in the division.
+        count: the weight of the positions behind the estimate, in the channel that has least.
+        shift: `|mean_stored - mean| / s`, in standard deviations; like all that follow, of the channels that are not
+            dead, 0 if there is none.
+        log_ratio: `|log((var_stored + epsilon) / s^2)|`; 0.1 is ten percent of the variance.
+        rms_shift: the root mean square of `shift` over the channels.
+        rms_log_ratio: that of `log_ratio`.
+        shift_error: the standard error of the estimate in the unit of `shift`, root mean square over the channels.
+        log_ratio_error: that in the unit of `log_ratio`.
+    """
+
+    layer: str
+    channels: int
+    dead: int
+    count: float
+    shift: Channels
+    log_ratio: Channels
+    rms_shift: float
+    rms_log_ratio: float
+    shift_error: float
+    log_ratio_error: float
+
+    @property
+    def mean_is_significant(self) -> bool:
+        """Whether the mean differs by more than three standard errors of the estimate, or is NaN."""
+        return not self.rms_shift <= SIGNIFICANT * self.shift_error
+
+    @property
+    def var_is_significant(self) -> bool:
+        """Whether the variance differs by more than three standard errors of the estimate, or is NaN."""
+        return not self.rms_log_ratio <= SIGNIFICANT * self.log_ratio_error
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the mean or the variance is."""
+        return self.mean_is_significant or self.var_is_significant
+
+    @property
+    def share(self) -> float:
+        """The mean square change of a normalized value, whose variance is 1.
+
+        At first order it is `shift^2 + log_ratio^2 / 4`; of these the significant ones.
+        """
+        mean = self.rms_shift**2 if self.mean_is_significant else 0.0
+        return mean + (self.rms_log_ratio**2 / 4 if self.var_is_significant else 0.0)
+
+
+def compare(
+    batch_stats: Any, population: Any, *, rows: RowsByLayer | None = None, epsilon: float = 1e-5
+) -> tuple[Drift, ...]:
+    """Stored statistics against those of data, a record for each layer.
+
+    Args:
+        batch_stats: the statistics that are stored, running averages say.
+        population: moments from `population_moments`; better a list of them, of K independent parts of the data. The
+            standard errors are those of their merged result, from the spread between the parts:
+
+                e^2 = K / (K - 1) * sum_k (n_k / n)^2 (m_k - m)^2
+
+            `n_k` being the counts, and `m_k` the mean or the variance of a part that saw the channel. With one such
+            part alone they are `1 / sqrt(n)` of a standard deviation and `sqrt(2 / n)` of the variance, as if all
+            positions were independent and normal: far too small where neighbouring pixels are alike.
+        rows: from `rows_of`, which channels of a layer are normalized together. By default those along the last axis
+            of its statistics, as with `num_domains`, and in `nn.scan` and `nn.vmap` that stack along axis 0; it must be
+            given for layers with several feature axes, and for statistics that are stacked along another axis.
+        epsilon: what the layers add to the variance.
+
+    Returns:
+        A record for each layer of `population`, in its order; for layers with several rows of statistics (domains,
+        layers in a scan) one for each row that saw data.
+
+    Raises:
+        ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or, without `rows`, a
+            row saw data in some of its channels only.
+    """
+    if isinstance(population, list) and not population:
+        raise ValueError("`population` must be moments, or a list of them: got an empty list.")
+    parts = [population] if is_moments(population) or not isinstance(population, list | tuple) else list(population)
+    merged = jax.device_get(merge(*parts))
+    leaves = named_leaves(batch_stats)
+    each = [by_path(jax.device_get(part)) for part in parts]
+    records: list[Drift] = []
+    for path, moments in by_path(merged).items():
+        kept = [leaves.get((*path, field)) for field in ("mean", "var")]
+        if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
+            raise ValueError(
+                f"`batch_stats` must hold the layers of `population` in their shapes: '{layer_name(path)}' has "
+                f"moments of shape {np.shape(moments.mean)}, and stored is "
+                f"{[None if field is None else np.shape(field) for field in kept]}."
+            )
+        everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
+        for row in seen_rows(rows, path, moments.count):
+            mean, var, whole, *row_parts = row.of(everything)
+            records.append(_drift(row.name, mean, var, whole, row_parts, epsilon))
+    return tuple(records)
+
+
+def _drift(
+    name: str, mean: np.ndarray, var: np.ndarray, merged: Moments, parts: Sequence[Moments], epsilon: float
+) -> Drift:
+    alive = np.asarray(merged.var) > epsilon
+    divisor = np.asarray(merged.var, np.float64) + epsilon
+    shift = np.abs(mean - np.asarray(merged.mean, np.complex128)) / np.sqrt(divisor)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a variance that is negative or NaN shows as NaN
+        log_ratio = np.abs(np.log((np.asarray(var, np.float64) + epsilon) / divisor))
+    mean_error, var_error = _standard_errors(merged, parts)
+    return Drift(
+        layer=name,
+        channels=len(divisor),
+        dead=int(np.sum(~alive)),
+        count=float(np.min(merged.count)),
+        shift=_channels(shift[alive]),
+        log_ratio=_channels(log_ratio[alive]),
+        rms_shift=_rms(shift[alive]),
+        rms_log_ratio=_rms(log_ratio[alive]),
+        shift_error=_rms((mean_error / np.sqrt(divisor))[alive]),
+        log_ratio_error=_rms((var_error / divisor)[alive]),
+    )
+
+
+def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the mean and of the variance."""
+    count, var = np.asarray(merged.count, np.float64), np.asarray(merged.var, np.float64)
+    number = np.sum([part.count > 0 for part in parts], axis=0)
+    factor = number / np.maximum(number - 1, 1)
+
+    def error(field: str, of_one: np.ndarray) -> np.ndarray:
+        whole = np.asarray(getattr(merged, field), np.complex128)
+        squares = ((part.count / count) ** 2 * np.abs(getattr(part, field) - whole) ** 2 for part in parts)
+        return np.where(number > 1, np.sqrt(factor * np.sum([*squares], axis=0)), of_one)
+
+    return error("mean", np.sqrt(var / count)), error("var", var * np.sqrt(2 / count))
+
+
+def _channels(values: np.ndarray) -> Channels:
+    if not len(values):
+        return Channels(0.0, 0.0, 0.0)
+    return Channels(*(float(v) for v in (np.median(values), np.percentile(values, 95), np.max(values))))
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(np.square(values)))) if len(values) else 0.0

@@ -1,0 +1,144 @@
+"""How much of a difference in loss is due to normalization."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from flaxbn.data.batches import check_arrays, count_samples
+from flaxbn.models.apply import apply
+from flaxbn.models.linen import Call
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Mean losses on the training data by two kinds of statistics, and on the validation data.
+
+    Attributes:
+        batch: on the training data, each batch normalized by its own statistics, as in training.
+        stored: on the same data with the same weights, normalized by the stored statistics, as in inference.
+        error: the standard error of `stored - batch`. The examples of a batch share its statistics, so that K batches
+            are K independent values: `K / (K - 1) sum_k (sum_i d_i - d)^2 / n^2`, the inner sum over the examples of a
+            batch, whose difference is `d_i`, `d` being the mean. NaN for one batch.
+        validation: on the validation data, by the stored statistics; None where none was given.
+        samples: the number of training examples.
+    """
+
+    batch: float
+    stored: float
+    error: float
+    validation: float | None
+    samples: int
+
+    @property
+    def normalization(self) -> float:
+        """What normalization adds to the loss on the same data with the same weights."""
+        return self.stored - self.batch
+
+    @property
+    def rest(self) -> float | None:
+        """What other data add to the loss with the same normalization: generalization, another distribution."""
+        return None if self.validation is None else self.validation - self.stored
+
+
+def gap(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    loss_fn: Callable[[Any, Any], Array],
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    validation: Any = None,
+    domain: Callable[[Any], Any] | None = None,
+) -> dict[Any, Gap]:
+    """Splits the difference of training and validation loss into the part of normalization and the rest.
+
+        validation - batch = (stored - batch) + (validation - stored)
+
+    All are losses of the model in evaluation mode, with the same weights: dropout is off, nothing is augmented.
+
+    Args:
+        model: the model.
+        variables: its variables with the statistics to be looked at; read only.
+        batches: training data, composed as in training: what is normalized together there is a batch here. Arrays with
+            `batch_size`, which are cut in their order (what fills no batch is left out), or an iterable of batches.
+        loss_fn: `(output, batch) -> losses`, one for each example.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+        batch_size: the number of samples in a batch, where arrays are given.
+        validation: validation data, in the same form; all of them count.
+        domain: `batch -> labels`, one for each example; then there is a record for each label of the training data
+            besides.
+
+    Returns:
+        Records by label; that of all examples under None.
+
+    Raises:
+        ValueError: if there are no data, or `loss_fn` or `domain` does not give one value for each example.
+    """
+
+    @jax.jit
+    def losses(batch: Any) -> tuple[Array, Array]:
+        by_batch = apply(model, variables, batch, statistics="batch", call=call)
+        return loss_fn(by_batch, batch), loss_fn(apply(model, variables, batch, call=call), batch)
+
+    @jax.jit
+    def validation_losses(batch: Any) -> tuple[Array]:
+        return (loss_fn(apply(model, variables, batch, call=call), batch),)
+
+    (by_batch, by_stored), labels, numbers = _over(_cut(batches, batch_size, full=True), losses, domain)
+    rows = {None: np.full(len(labels), True)} | {label: labels == label for label in _distinct(labels, domain)}
+    there: dict[Any, float | None] = dict.fromkeys(rows)
+    if validation is not None:
+        (found,), others, _ = _over(_cut(validation, batch_size), validation_losses, domain)
+        there |= {label: float(np.mean(found[others == label])) for label in _distinct(others, domain)}
+        there[None] = float(np.mean(found))
+    return {
+        label: _record(by_batch[taken], by_stored[taken], numbers[taken], there[label]) for label, taken in rows.items()
+    }
+
+
+def _over(
+    batches: Iterable[Any], losses: Callable[[Any], tuple[Array, ...]], domain: Callable[[Any], Any] | None
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The columns of losses of all examples, their labels, and the numbers of their batches."""
+    rows = []
+    for number, batch in enumerate(batches):
+        size = count_samples(batch)
+        labels = np.zeros(size) if domain is None else np.asarray(domain(batch))
+        found = [np.asarray(column, np.float64) for column in losses(batch)]
+        for name, values in (("loss_fn", found[0]), ("domain", labels)):
+            if values.shape != (size,):
+                raise ValueError(f"`{name}` must give one value for each example, shape ({size},): got {values.shape}.")
+        rows.append((*found, labels, np.full(size, number)))
+    if not rows:
+        raise ValueError("The data must hold at least one batch: got none.")
+    *columns, labels, numbers = (np.concatenate(column) for column in zip(*rows))
+    return columns, labels, numbers
+
+
+def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterable[Any]:
+    check_arrays(batches, batch_size)
+    if batch_size is None:
+        return batches
+    samples = count_samples(batches)
+    firsts = range(0, samples - batch_size + 1 if full else samples, batch_size)
+    return (jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts)
+
+
+def _distinct(labels: np.ndarray, domain: Callable[[Any], Any] | None) -> list[Any]:
+    return [] if domain is None else np.unique(labels).tolist()
+
+
+@np.errstate(invalid="ignore")  # where losses are infinite, their difference is NaN
+def _record(by_batch: np.ndarray, by_stored: np.ndarray, numbers: np.ndarray, validation: float | None) -> Gap:
+    difference = by_stored - by_batch
+    sums = np.bincount(numbers, difference - np.mean(difference))
+    count = len(np.unique(numbers))
+    error = math.sqrt(count / (count - 1) * float(np.sum(sums**2))) / len(difference) if count > 1 else math.nan
+    return Gap(float(np.mean(by_batch)), float(np.mean(by_stored)), error, validation, len(difference))

@@ -1,0 +1,90 @@
+"""Some batches of training data, to look at."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxbn.data.batches import check_arrays, check_positive, count_samples
+
+
+def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
+    """At least two batches of one size, at most `num_batches`.
+
+    Of arrays batches of consecutive samples, drawn at random, always the same, in their order; of a sequence of batches
+    likewise. Of another iterable the first ones. A smaller last one is left out.
+    """
+    check_positive("batch_size", batch_size)
+    check_positive("num_batches", num_batches)
+    check_arrays(batches, batch_size)
+    if batch_size is None:
+        return _full_batches(batches, num_batches)
+    samples = count_samples(batches)
+    count = samples // batch_size
+    if min(count, num_batches) < 2:
+        raise ValueError(
+            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
+            f"`num_batches={num_batches}`."
+        )
+    firsts = [number * batch_size for number in _drawn(count, num_batches)]
+    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts]
+
+
+def _drawn(count: int, num_batches: int) -> list[int]:
+    return np.sort(np.random.default_rng(0).permutation(count)[:num_batches]).tolist()
+
+
+def _spread(batches: Sequence[Any], num_batches: int) -> list[Any]:
+    if len(batches) <= num_batches:
+        return [*batches]
+    last_is_smaller = count_samples(batches[-1]) < count_samples(batches[0])
+    return [batches[number] for number in _drawn(len(batches) - last_is_smaller, num_batches)]
+
+
+def _full_batches(batches: Iterable[Any], num_batches: int) -> list[Any]:
+    if isinstance(batches, Sequence):
+        chosen = _spread(batches, num_batches)
+    else:
+        chosen = [*itertools.islice(batches, num_batches)]
+    sizes = [count_samples(batch) for batch in chosen]
+    if any(size != sizes[0] for size in sizes[:-1]) or sizes[-1:] > sizes[:1]:
+        raise ValueError(
+            "Batches must be of one size, that of training, but for a smaller last one, which is left out: got "
+            f"{sorted(set(sizes))} samples. Give batches of one size."
+        )
+    full = [batch for batch, size in zip(chosen, sizes) if size == sizes[0] > 0]
+    if len(full) < 2:
+        raise ValueError(
+            f"Two batches of one size are needed at least: got batches of {sizes} samples and "
+            f"`num_batches={num_batches}`."
+        )
+    return full
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """The examples of several batches as one."""
+
+    def join(*parts: Any) -> Any:
+        return jnp.concatenate(parts) if isinstance(parts[0], jax.Array) else np.concatenate(parts)
+
+    return jax.tree.map(join, *batches)
+
+
+def by_shape(batches: Iterable[Any]) -> list[list[Any]]:
+    """The batches in groups whose examples have one shape, sequences of one length say."""
+    groups: dict[Any, list[Any]] = {}
+    for batch in batches:
+        groups.setdefault(tuple(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)), []).append(batch)
+    return [*groups.values()]
+
+
+def reshuffled(batches: Sequence[Any]) -> Iterator[Any]:
+    """The same examples, drawn anew into as many batches, those of one shape among themselves; always the same."""
+    for group in by_shape(batches):
+        size = count_samples(group[0])
+        order = np.random.default_rng(0).permutation(size * len(group)).reshape(-1, size)
+        whole = joined(group)
+        yield from (jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in order)

@@ -1,0 +1,73 @@
+"""The statistics of the whole set as one batch: all batches go through one layer after the other.
+
+Every batch is taken up to the input of a layer, the moments of all batches are merged, and every batch goes on with
+the merged statistics. That is the limit of precise statistics as the batch grows to the whole set, in one forward pass.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxbn.data.processes import together
+from flaxbn.estimation.exact.layer_by_layer import Batch, run
+from flaxbn.estimation.exact.plan import plan_batches
+from flaxbn.estimation.exact.prepare import Source, prepare_batches
+from flaxbn.estimation.exact.verify import check_independence, choose_watched
+from flaxbn.estimation.layer_moments import Result, check_finite
+from flaxbn.estimation.request import Request
+from flaxbn.models.batch_stats import all_entries
+
+
+def exact_pass(asked: Request, read: Callable[[], list[Source]], memory_limit: int | None) -> Result:
+    """The exact moments of the batches that `read` describes, merged over all processes for each call."""
+    batches: list[Batch] = []
+    watched: list[int] = []
+
+    def prepare() -> np.ndarray:
+        batches.extend(prepare_batches(asked, read()))
+        if len(batches) == 1 == jax.process_count():
+            for segment in batches[0].segments.segments:
+                segment.check_values()
+        watched.extend(choose_watched(asked, batches))
+        return _signature(batches)
+
+    calls = _agreed(together(prepare))
+    kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else [True] * calls
+    found = run(asked, batches, kept, watched)
+    entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
+    result = Result(entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))
+
+    def finite() -> np.ndarray:
+        check_finite([result], asked.layers)
+        return np.zeros(())
+
+    def independent() -> np.ndarray:
+        if watched and not batches[0].segments.uses_keys:
+            check_independence(asked, [batches[number] for number in watched], found)
+        return np.zeros(())
+
+    together(finite)
+    together(independent)
+    return result
+
+
+def _signature(batches: Sequence[Batch]) -> np.ndarray:
+    """How many batches and calls there are, and a checksum of what the calls read."""
+    entries = batches[0].segments.entries if batches else []
+    checksum = zlib.crc32(b"".join(np.asarray(e, np.int64).tobytes() for e in entries))
+    return np.asarray([len(batches), len(entries), checksum % 2**31], np.int32)
+
+
+def _agreed(signatures: Sequence[np.ndarray]) -> int:
+    present = {tuple(np.asarray(s).tolist()[1:]) for s in signatures if s[0]}
+    if not present:
+        raise ValueError("The data must hold at least one sample: no process saw any.")
+    if len(present) > 1:
+        raise ValueError(
+            "All processes must call the same batch-norm layers in the same order: got "
+            f"{sorted(calls for calls, _ in present)} calls, or others of the same number."
+        )
+    return next(iter(present))[0]

@@ -1,0 +1,184 @@
+"""What exact statistics will cost: which live values are kept, which are computed again, and how much that is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn.data.batches import abstract, check_arrays, check_positive, chosen_samples, known_batches, strided_rows
+from flaxbn.data.placement import free_bytes, own_mesh, shards
+from flaxbn.estimation.exact.layer_by_layer import Batch
+from flaxbn.estimation.exact.prepare import prepare_batches
+from flaxbn.estimation.exact.segments import Segments
+from flaxbn.estimation.request import Request, request
+from flaxbn.layers.names import layer_name
+from flaxbn.models.linen import Call
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """One call of one layer.
+
+    Attributes:
+        layer: the layer's path in `batch_stats`, joined by "/".
+        call: which call of this layer it is, from 1.
+        live_bytes: the size on each device of all values that later calls need, of all batches.
+        kept: whether they are kept; otherwise later calls compute them again.
+        passes: the work done for this call, in forward passes over the data.
+    """
+
+    layer: str
+    call: int
+    live_bytes: int
+    kept: bool
+    passes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of exact statistics, which `print` shows as a table.
+
+    Attributes:
+        calls: the calls of the layers in the order of execution.
+        batches: the number of batches.
+        samples: the number of samples.
+        memory_limit: how many bytes of live values may be kept on each device; None for any number.
+    """
+
+    calls: tuple[PlannedCall, ...]
+    batches: int
+    samples: int
+    memory_limit: int | None
+
+    @property
+    def passes(self) -> float:
+        """The whole work in forward passes over the data, a pass ending at the last layer; 1 if all is kept."""
+        return sum(call.passes for call in self.calls)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is kept on each device; the batch under way and the data itself come on top."""
+        return max((call.live_bytes for call in self.calls if call.kept), default=0)
+
+    @property
+    def largest_bytes(self) -> int:
+        """The memory limit from which one forward pass is enough."""
+        return max((call.live_bytes for call in self.calls), default=0)
+
+    def __str__(self) -> str:
+        limit = "no memory limit" if self.memory_limit is None else f"memory limit {_size(self.memory_limit)}"
+        title = (
+            f"exact statistics of {self.samples} samples in {self.batches} batches: {len(self.calls)} calls, "
+            f"{self.passes:.2f} forward passes, {_size(self.peak_bytes)} kept at most ({limit})"
+        )
+        rows = [("", "layer", "call", "live values", "", "passes")]
+        rows += [
+            (str(i), c.layer, str(c.call), _size(c.live_bytes), "kept" if c.kept else "recomputed", f"{total:.2f}")
+            for i, (c, total) in enumerate(zip(self.calls, accumulate(c.passes for c in self.calls)), 1)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        left = (False, True, False, False, True, False)
+        lines = [
+            "  ".join(cell.ljust(w) if start else cell.rjust(w) for cell, w, start in zip(row, widths, left)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([title, *lines])
+
+
+def make_plan(
+    layers: Sequence[str], batches: Sequence[Segments], samples: int, shards: int, memory_limit: int | None
+) -> Plan:
+    """Keeps what fits: from a later boundary there is less to compute again, and an earlier one is then not needed."""
+    first = batches[0].segments
+    pass_work = sum(segment.work for segment in first) or 1.0
+    calls, base = [], 0
+    for k, layer in enumerate(layers):
+        live = -(-sum(whole.bytes(k + 1) for whole in batches) // shards)
+        kept = memory_limit is None or live <= memory_limit
+        passes = sum(segment.work for segment in first[base : k + 1]) / pass_work
+        calls.append(PlannedCall(layer, layers[: k + 1].count(layer), live, kept, passes))
+        base = k + 1 if kept else base
+    return Plan(tuple(calls), len(batches), samples, memory_limit)
+
+
+def _size(count: int) -> str:
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def plan(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    num_samples: int | None = None,
+    sample_weight: Callable[[Any], Array] | None = None,
+    only: Callable[[str], bool] | None = None,
+    memory_limit: int | None = None,
+    sharding: NamedSharding | None = None,
+    rngs: Mapping[str, Array] | None = None,
+) -> Plan:
+    """What `estimate_population_stats(..., method="exact")` will keep and compute, before any data is read.
+
+    The arguments are those of the estimate, which raises the same errors about the model. Values that later layers
+    need are kept, of all batches, where they fit `memory_limit`; where they do not, later layers compute them again
+    from the last place where they did.
+
+    Args:
+        batches: with `batch_size`, a pytree of arrays; otherwise a list of batches, or an iterable with a length, of
+            which the first batch is read and the others are taken to be like it.
+        memory_limit: how many bytes of these values each device may keep; by default half of its free memory where
+            the device tells it, and any number elsewhere (on CPUs).
+
+    Returns:
+        The plan; `print` shows it as a table.
+
+    Raises:
+        TypeError: if `batches` is an iterator, whose length is not known; or as the estimate.
+        ValueError: if the model has no batch-norm layer, or one inside a `while` loop, inside a `cond` that data or
+            variables decide, or inside `shard_map`; more than 512 calls; with weights, an unknown batch axis.
+    """
+    check_arrays(batches, batch_size)
+    check_positive("batch_size", batch_size)
+    check_positive("num_samples", num_samples)
+    check_limit(memory_limit, "exact")
+    asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
+    if batch_size is None:
+        known = known_batches(batches, num_samples)
+    else:
+        rows = strided_rows(chosen_samples(batches, num_samples), batch_size)
+        known = [abstract(batches, len(row)) for group in rows for row in group]
+    with own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
+        return plan_batches(asked, prepare_batches(asked, [(shape, lambda: None) for shape in known]), memory_limit)
+
+
+def check_limit(memory_limit: Any, method: str) -> None:
+    """A memory limit is a number of bytes, and for exact statistics."""
+    check_positive("memory_limit", memory_limit)
+    if memory_limit is not None and method != "exact":
+        raise ValueError(f'`memory_limit` is for `method="exact"`, which keeps values of all batches: got {method!r}.')
+
+
+def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | None) -> Plan:
+    """The plan of batches that are prepared; without a limit, half of what the device says is free."""
+    if memory_limit is None:
+        free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
+        memory_limit = None if free is None else max(free // 2, 1)
+    names = []
+    for entries in batches[0].segments.entries:
+        path = next(path for path, own in asked.layers.entries.items() if np.isin(own, entries).any())
+        names.append(layer_name(path))
+    samples = sum(batch.size for batch in batches)
+    parts = shards(asked.setting.sharding)
+    return make_plan(names, [batch.segments for batch in batches], samples, parts, memory_limit)

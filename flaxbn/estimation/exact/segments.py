@@ -1,0 +1,229 @@
+"""A flat program cut at its layers: what runs between one call of a layer and the next, and what lives across it.
+
+The program is split by dependence, not by place: an equation belongs to the first call whose input needs it, and what
+no call's input needs (the head, dead code) belongs to none. What depends on weights and statistics alone is computed
+where it is used and never kept.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flaxbn.arithmetic.moments import Moments
+from flaxbn.data.batches import count_samples
+from flaxbn.estimation.calls import find_sites, sample_weights
+from flaxbn.estimation.compiled import Setting, Shapes
+from flaxbn.estimation.sharded import measure_spread
+from flaxbn.tracing.flatten import unroll
+from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, structure, work
+from flaxbn.tracing.primitive import as_tap, tap_p
+
+_ROWS = 256
+_BUFFER_BYTES = 2**26
+
+Values = dict[Any, Any]
+"""Variables of a program, and what they hold for one batch."""
+
+
+class Segments:
+    """The segments of a model for batches of one shape, one for each call of a wanted layer, in order.
+
+    Attributes:
+        sites: the flat program and the calls in it.
+        samples: how many a batch has, padding included.
+        layers: the layer of each call, for messages.
+        entries: for each call the numbers of the stored entries that it reads.
+        inputs: the variables of a batch's leaves, and of its random keys'.
+        live: the variables of a batch that later calls need, before each call and after the last.
+    """
+
+    def __init__(self, setting: Setting, shapes: Shapes) -> None:
+        self.setting = setting
+        self.sites = find_sites(setting, shapes, unroll)
+        self.entries = list(self.sites.entries.values())
+        jaxpr = self.sites.program.jaxpr
+        taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]
+        self.taps = [taps[site] for site in self.sites.entries]
+        self.layers = [eqn.params["layer"] for eqn in self.taps]
+        variables, batch, _ = shapes.abstract()
+        self.samples = count_samples(batch)
+        weights, self._batch_leaves = len(jax.tree.leaves(variables)), len(jax.tree.leaves(batch))
+        self._shared = [*jaxpr.constvars, *jaxpr.invars[:weights]]
+        self.inputs = jaxpr.invars[weights:]
+        self.sample_weights = jax.jit(lambda batch, present: sample_weights(setting, batch, present))
+        self._compiled: dict[Hashable, Any] = {}
+        tapped = set(map(id, self.taps))
+        made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
+        self.live, stages = _cut(jaxpr.eqns, made_by, self.inputs, self.taps)
+        self.segments = [Segment(self, k, stage, made_by) for k, stage in enumerate(stages)]
+
+    def shared(self, variables: Any) -> Values:
+        """The variables that hold the same for all batches, but for the statistics."""
+        return dict(zip(self._shared, (*self.sites.program.consts, *jax.tree.leaves(variables))))
+
+    @property
+    def uses_keys(self) -> bool:
+        """Whether some call's input depends on random keys."""
+        return any(v in self.live[0] for v in self.inputs[self._batch_leaves :])
+
+    def bytes(self, call: int) -> int:
+        """The size of what lives before a call."""
+        return sum(v.aval.size * v.aval.dtype.itemsize for v in self.live[call])
+
+    def compiled(self, key: Hashable, make: Any) -> Any:
+        """What `make` compiles, once for all segments of equal programs."""
+        if key not in self._compiled:
+            self._compiled[key] = make()
+        return self._compiled[key]
+
+
+class Segment:
+    """The computation of one call's input, and of what else is then known and needed later.
+
+    Attributes:
+        work: how much it computes.
+        dead: which variables of a batch nobody needs afterwards.
+    """
+
+    def __init__(self, whole: Segments, call: int, stage: Sequence[int], made_by: Mapping[Any, int]) -> None:
+        self._whole = whole
+        self._site = list(whole.sites.entries)[call]
+        self._tap = tap = whole.taps[call]
+        eqns = whole.sites.program.jaxpr.eqns
+        before, after = whole.live[call], whole.live[call + 1]
+        operands = [tap.invars[0], *tap.invars[3:]]
+        own = {v for i in stage for v in eqns[i].outvars}
+        self.work = sum(work(eqns[i]) for i in stage)
+        self.dead = before.keys() - after.keys()
+        self._made = [v for v in after if v in own]
+        needed = _closure([*operands, *self._made], before, eqns, made_by)
+        self._eqns = [eqns[i] for i in sorted(needed)]
+        reads = [v for eqn in self._eqns for v in eqn.invars] + operands
+        inside = {v for eqn in self._eqns for v in eqn.outvars}
+        outside = list(dict.fromkeys(v for v in reads if is_variable(v) and v not in inside))
+        self._read = [v for v in outside if v in before]
+        self._shared = [v for v in outside if v not in before]
+        self._operands = operands
+        self._spent = _spent([v for v in self._read if v in self.dead and v not in whole.inputs], self._made)
+
+    def measure(
+        self, values: Values, shared: Values, retained: Values, weights: Array | None, buffer: Moments, slot: int
+    ) -> tuple[Moments, Values, Array]:
+        """The buffer with the moments of the call's input in row `slot`; what the segment adds to `values`; a token.
+
+        Overwrites what is not needed any more, unless it is in `retained`. The token is ready when all is.
+        """
+        spent = [values[v] if v in self._spent and v not in retained else None for v in self._read]
+        kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
+        given = [shared[v] for v in self._shared]
+        buffer, made, done = self._measure(spent, kept, given, weights, buffer, slot)
+        return buffer, dict(zip(self._made, made)), done
+
+    def advance(self, values: Values, shared: Values) -> Values:
+        """What the segment adds to `values`."""
+        return dict(zip(self._made, self._advance([values[v] for v in self._read], [shared[v] for v in self._shared])))
+
+    def check_values(self) -> None:
+        """A single value per channel in this batch is an error."""
+        self._whole.sites.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
+
+    @property
+    def rows(self) -> int:
+        """How many batches a buffer has room for."""
+        return min(_ROWS, max(1, _BUFFER_BYTES // (12 * max(self._tap.outvars[0].aval.size, 1))))
+
+    def empty(self) -> Moments:
+        """Room for the moments of some batches: zeros, which merging ignores."""
+        mean, var = (v.aval for v in self._tap.outvars)
+        return Moments(*(jnp.zeros((self.rows, *a.shape), a.dtype) for a in (var, mean, var)))
+
+    def statistics(self, mean: Array, var: Array) -> Values:
+        """What the call lets through, as variables shared by later segments."""
+        return {v: jnp.asarray(a, v.aval.dtype) for v, a in zip(self._tap.outvars, (mean, var))}
+
+    @cached_property
+    def _key(self) -> Hashable:
+        params = {name: value for name, value in self._tap.params.items() if name != "layer"}
+        places = tuple(v in self._spent for v in self._read), self._whole.sites.batch_axes.get(self._site)
+        shape = tuple(v.aval for v in self._tap.invars[1:3])
+        invars, outvars = [*self._read, *self._shared], [*self._operands, *self._made]
+        return len(self._read), places, shape, as_key(params), structure(invars, self._eqns, outvars)
+
+    @cached_property
+    def _function(self) -> Any:
+        debug_info = self._whole.sites.program.jaxpr.debug_info
+        return as_function(self._eqns, [*self._read, *self._shared], [*self._operands, *self._made], debug_info)
+
+    @cached_property
+    def _measure(self) -> Any:
+        return self._whole.compiled(("measure", self._key), lambda: jax.jit(self._measured, donate_argnums=(0, 4)))
+
+    @cached_property
+    def _advance(self) -> Any:
+        operands = len(self._operands)
+
+        def advanced(read: list[Any], shared: list[Any]) -> list[Any]:
+            return self._function(*read, *shared)[operands:]
+
+        return self._whole.compiled(("advance", self._key), lambda: jax.jit(advanced))
+
+    def _measured(
+        self, spent: list[Any], kept: list[Any], shared: list[Any], weights: Any, buffer: Moments, slot: Any
+    ) -> tuple[Moments, list[Any], Array]:
+        read = [k if s is None else s for s, k in zip(spent, kept)]
+        outputs = self._function(*read, *shared)
+        (x, *others), made = outputs[: len(self._operands)], outputs[len(self._operands) :]
+        stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
+        tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
+        weights = self._whole.sites.weights(tap, weights)
+        moments = measure_spread(tap, weights, self._whole.samples, self._whole.setting.sharding)
+        return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments), made, slot + 1
+
+
+def _cut(
+    eqns: Sequence[Any], made_by: Mapping[Any, int], inputs: Sequence[Any], taps: Sequence[Any]
+) -> tuple[list[dict[Any, None]], list[list[int]]]:
+    """The variables that live before each tap and after the last; the equations that vary by batch, for each tap."""
+    varying = set(inputs)
+    for eqn in eqns:
+        if not varying.isdisjoint(v for v in eqn.invars if is_variable(v)):
+            varying.update(v for v in eqn.outvars if v in made_by)
+    made_by = {v: i for v, i in made_by.items() if v in varying}
+    born: dict[Any, int] = dict.fromkeys(inputs, -1)
+    last: dict[Any, int] = {}
+    stages: list[list[int]] = []
+    for k, tap in enumerate(taps):
+        operands = [tap.invars[0], *tap.invars[3:]]
+        stage = sorted(_closure(operands, born, eqns, made_by))
+        born |= {v: k for i in stage for v in eqns[i].outvars}
+        read = [v for i in stage for v in eqns[i].invars] + operands
+        last |= {v: k for v in read if is_variable(v) and v in varying}
+        stages.append(stage)
+    return [{v: None for v, b in born.items() if b < k <= last.get(v, -1)} for k in range(len(taps) + 1)], stages
+
+
+def _closure(wanted: Iterable[Any], known: Any, eqns: Sequence[Any], made_by: Mapping[Any, int]) -> set[int]:
+    """The equations from which the wanted variables follow, given the known ones and those that no equation makes."""
+    found: set[int] = set()
+    todo = list(wanted)
+    while todo:
+        v = todo.pop()
+        if is_variable(v) and v not in known and v in made_by and made_by[v] not in found:
+            found.add(made_by[v])
+            todo += eqns[made_by[v]].invars
+    return found
+
+
+def _spent(dead: Sequence[Any], made: Sequence[Any]) -> set[Any]:
+    """Which dead variables can be overwritten by one of the same type."""
+    free = [(v.aval.shape, v.aval.dtype) for v in made]
+    spent = set()
+    for v in dead:
+        if (v.aval.shape, v.aval.dtype) in free:
+            free.remove((v.aval.shape, v.aval.dtype))
+            spent.add(v)
+    return spent

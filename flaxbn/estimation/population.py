@@ -1,0 +1,259 @@
+"""Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn.arithmetic.moments import Moments, merge
+from flaxbn.data.batches import check_arrays, check_positive, evenly_spaced, stream
+from flaxbn.data.placement import own_mesh, to_auto
+from flaxbn.data.processes import together
+from flaxbn.estimation.exact.estimate import exact_pass
+from flaxbn.estimation.exact.plan import check_limit
+from flaxbn.estimation.exact.prepare import cut, held
+from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merged_by_layer, warn_called_twice
+from flaxbn.estimation.precise import pass_over_arrays, pass_over_stream
+from flaxbn.estimation.request import Request, request
+from flaxbn.models.arguments import check_concrete
+from flaxbn.models.batch_stats import Path, moments_by_path, replace_statistics
+from flaxbn.models.linen import Call
+
+
+def estimate_population_stats(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    num_samples: int | None = None,
+    method: Literal["precise", "exact"] = "precise",
+    sample_weight: Callable[[Any], Array] | None = None,
+    only: Callable[[str], bool] | None = None,
+    keep_unseen: bool = False,
+    memory_limit: int | None = None,
+    sharding: NamedSharding | None = None,
+    normalization_batch: Literal["global", "device"] = "global",
+    rngs: Mapping[str, Array] | None = None,
+) -> Any:
+    """The population statistics of all batch-norm layers, from one pass over data with the weights frozen.
+
+    With `method="precise"` each layer normalizes by the statistics of its own batch, and the moments of all batches
+    are merged exactly, by the law of total variance (PreciseBN; Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+    section 3):
+
+        mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + |mean_k - mean|^2) / n
+
+    with `n_k` positions in batch k, the last and smaller one included. The first layer's statistics do not depend on
+    the batch size; those of deeper layers do, by about 1/B for each level, since the layers above normalize by the
+    batch.
+
+    With `method="exact"` each layer normalizes by the merged statistics of all batches: the result is that of the whole
+    set as one batch, whatever the batch size, the order and the devices. All batches are taken through one layer after
+    the other, one forward pass in all; what later layers need of all batches is kept, as far as `memory_limit` allows,
+    and computed again beyond (`flaxbn.plan` tells beforehand). Loops with layers inside are unrolled, up to 512 calls.
+    Examples must not affect each other, but through batch normalization: the result is checked for it on one batch,
+    unless `call` draws random numbers.
+
+    With several processes (`jax.distributed`) each passes its own part of the data, of any length, even none. All call
+    the function, and get the same statistics, those of all data: a precise pass merges once, at its end, an exact one
+    once for each call of a layer. Where one process raises, all do.
+
+    Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
+    which counts as plain batch normalization. The compiled pass is reused where the model, `call`, `sample_weight`, the
+    layers that `only` accepts and all shapes are the same: keep the functions at module level. Methods, and models that
+    cannot be hashed, are traced in each call, since what they hold may have changed.
+
+    Args:
+        model: the model.
+        variables: its variables; read only.
+        batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
+            batches, each such a pytree, which is read once. (Exact statistics hold all batches of an iterable where
+            they are, until they are kept in another form.)
+        call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
+            `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
+        batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
+            is `x[k::K]`. The precise pass is a scan on the device; the exact one leaves arrays where they are.
+        num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
+        method: "precise" or "exact", as described above.
+        sample_weight: `batch -> (B,)`, the weights of the samples, in statistics and normalization alike. A sample
+            whose weight is not positive takes no part, whatever it holds. Layers must keep the samples in the order of
+            the batch.
+        only: `path -> bool`, the layers to estimate, by their paths in `batch_stats` joined by "/". The others keep
+            and use their stored statistics.
+        keep_unseen: leave what saw no data, a domain for example, with its stored statistics, where it is an error
+            otherwise.
+        memory_limit: for `method="exact"`, how many bytes of live values each device may keep; by default half of its
+            free memory where it tells it, otherwise any number.
+        sharding: how each batch lies on devices, for example `flaxbn.data_sharding()`; by default where the data is.
+            What does not divide is padded with samples of weight 0, which models that mix the samples of a batch would
+            see. Variables that lie on the same mesh stay as they are, split over model axes for example; others are
+            held whole by each device. It must lie on devices of this process.
+        normalization_batch: which samples normalize together in a precise pass: "global", the whole batch, over all
+            devices; or "device", each device's part of it by itself, as in a training under `jax.pmap` without
+            `axis_name`, for statistics that are to resemble those that the weights were trained with. There is then
+            no communication between devices until the end of the pass.
+        rngs: random keys that `call` needs; each batch gets its own.
+
+    Returns:
+        A new `batch_stats`: `mean` and `var` of the layers replaced, all else, structure, container types, dtypes and
+        metadata, as it was.
+
+    Raises:
+        TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+        ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
+            `num_samples`; statistics are not finite; a layer has one value per channel; a layer lies inside a
+            `while` loop or `shard_map`; or, with `sample_weight`, the batch axis of a layer's input is not known. With
+            `method="exact"` also if a layer lies inside a `cond` that data or variables decide, or the model mixes the
+            examples of a batch.
+
+    Warns:
+        UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
+            pair of statistics can normalize each of them.
+    """
+    moments = population_moments(
+        model,
+        variables,
+        batches,
+        call=call,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        method=method,
+        sample_weight=sample_weight,
+        only=only,
+        keep_unseen=keep_unseen,
+        memory_limit=memory_limit,
+        sharding=sharding,
+        normalization_batch=normalization_batch,
+        rngs=rngs,
+    )
+    return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
+
+
+def population_moments(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    call: Call | None = None,
+    batch_size: int | None = None,
+    num_samples: int | None = None,
+    method: Literal["precise", "exact"] = "precise",
+    sample_weight: Callable[[Any], Array] | None = None,
+    only: Callable[[str], bool] | None = None,
+    keep_unseen: bool = False,
+    memory_limit: int | None = None,
+    sharding: NamedSharding | None = None,
+    normalization_batch: Literal["global", "device"] = "global",
+    rngs: Mapping[str, Array] | None = None,
+    earlier: Any = None,
+) -> Any:
+    """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
+
+    Args:
+        earlier: moments of a precise pass over other data, a tree as this function returns, to go on from: the result
+            is that of both. Passes in different jobs can also be merged afterwards.
+
+    Returns:
+        A tree like `batch_stats`, with one Moments in the place of each layer's variables; `to_batch_stats` turns it
+        into statistics. Precise moments of different parts of the data merge by `flaxbn.merge` into those of one pass
+        over all. Exact ones do not, but for the first layer: deeper ones depend on the statistics of the whole set.
+    """
+    prepared: list[tuple[Request, dict[Path, Moments]]] = []
+    found: list[Result] = []
+
+    def prepare() -> Any:
+        asked = request(
+            model,
+            variables,
+            call=call,
+            sample_weight=sample_weight,
+            only=only,
+            sharding=sharding,
+            normalization_batch=normalization_batch,
+            rngs=rngs,
+        )
+        _check_arguments(batches, batch_size, num_samples, method, memory_limit, normalization_batch, earlier)
+        before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
+        prepared.append((asked, before))
+        return np.zeros(())
+
+    together(prepare)
+    asked, before = prepared[0]
+
+    def local() -> Any:
+        with own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
+            found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
+        return merged_by_layer(found, asked.layers)
+
+    parts = together(local) if method == "precise" else [local()]
+    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
+        raise ValueError("The data must hold at least one sample: no process saw any.")
+    if before:
+        parts.append({path: before.get(path, Moments(*(np.zeros_like(f) for f in m))) for path, m in parts[0].items()})
+    moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
+    tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
+    warn_called_twice(found, asked.wanted)
+    return tree
+
+
+def _check_arguments(
+    batches: Any,
+    batch_size: int | None,
+    num_samples: int | None,
+    method: str,
+    memory_limit: int | None,
+    normalization_batch: str,
+    earlier: Any,
+) -> None:
+    if method not in ("precise", "exact"):
+        raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')
+    check_arrays(batches, batch_size)
+    check_positive("batch_size", batch_size)
+    check_positive("num_samples", num_samples)
+    check_limit(memory_limit, method)
+    if earlier is not None and method != "precise":
+        raise ValueError(
+            '`earlier` moments can only be continued with `method="precise"`: exact moments of parts are not those of '
+            "the whole, so give all data to one call."
+        )
+    if method == "exact" and normalization_batch != "global":
+        raise ValueError(
+            "Exact statistics are those of the whole set, whatever normalizes together: leave `normalization_batch` at "
+            f'"global", got {normalization_batch!r}.'
+        )
+    check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
+
+
+def _pass(
+    asked: Request, method: str, batches: Any, batch_size: int | None, num_samples: int | None, limit: int | None
+) -> list[Result]:
+    if batch_size is None:
+        given = map(to_auto, stream(batches, num_samples))
+        if method == "exact":
+            return [exact_pass(asked, lambda: held(given), limit)]
+        return pass_over_stream(asked, given)
+    batches = to_auto(batches)
+    if method == "exact":
+        return [exact_pass(asked, lambda: cut(evenly_spaced(batches, num_samples), batch_size), limit)]
+    return pass_over_arrays(asked, evenly_spaced(batches, num_samples), batch_size)
+
+
+def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:
+    """Statistics from moments: `batch_stats` with the `mean` and `var` of the layers in `moments` replaced.
+
+    Args:
+        moments: a tree as `population_moments` returns, or several merged by `flaxbn.merge`.
+        batch_stats: the tree to take everything else from: structure, container types, dtypes, metadata, other layers.
+        keep_unseen: keep the old statistics of channels whose count is 0, where it is an error otherwise.
+
+    Raises:
+        ValueError: if `moments` does not fit `batch_stats`, or a channel saw no data.
+        TypeError: if a mean is complex and the stored one is real.
+    """
+    return replace_statistics(batch_stats, moments, keep_unseen=keep_unseen)

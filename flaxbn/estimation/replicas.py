@@ -1,0 +1,80 @@
+"""Statistics of replicas that were trained side by side, as those of one model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxbn.arithmetic.moments import Moments, merge_along
+from flaxbn.models.batch_stats import Path, dict_names, named_leaves, stored_layers
+
+
+def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> Any:
+    """One `batch_stats` from those of replicas, by the law of total variance.
+
+    Under `jax.pmap` without `axis_name` each device keeps the running average of its own data. That of all data is
+
+        mean = sum_i n_i mean_i / n        var = sum_i n_i (var_i + |mean_i - mean|^2) / n
+
+    and not the average of the variances, which loses the variance between the means.
+
+    Args:
+        batch_stats: the tree with a leading axis of replicas on every leaf, as `pmap` returns it.
+        counts: the samples that each replica saw, or any weights in proportion to them; by default the same for all.
+
+    Returns:
+        The tree without the leading axis, on the default device: `mean` and `var` of each layer merged, each in its
+        dtype. Other leaves, a step counter for example, must be the same on all replicas; the first one's are taken.
+
+    Raises:
+        ValueError: if leaves have no common leading axis; `counts` are negative, all zero, or not one for each replica;
+            or other leaves differ between replicas.
+    """
+    batch_stats = jax.device_get(batch_stats)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
+    sizes = sorted({np.shape(leaf)[:1] for _, leaf in leaves})
+    if len(sizes) != 1 or not sizes[0]:
+        raise ValueError(
+            "All leaves of `batch_stats` must have the replicas along their leading axis: got leading axes "
+            f"{[size[0] if size else None for size in sizes]}. Statistics of one replica need no merging."
+        )
+    weights = _weights(counts, sizes[0][0])
+    named = named_leaves(batch_stats)
+    layers = stored_layers(batch_stats).entries
+    merged = {path: _merge(named, path, weights) for path in layers}
+    values = []
+    for path, leaf in leaves:
+        *layer, field = dict_names(path) or ("",)
+        if tuple(layer) in merged and field in ("mean", "var"):
+            values.append(getattr(merged[tuple(layer)], field).astype(leaf.dtype))
+        else:
+            values.append(_common(path, leaf))
+    return jax.tree.unflatten(structure, values)
+
+
+def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
+    weights = np.ones(replicas) if counts is None else np.asarray(counts, float)
+    if weights.shape != (replicas,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
+        raise ValueError(
+            f"`counts` must be {replicas} numbers, one for each replica, finite, not negative and not all zero: got an "
+            f"array of shape {weights.shape}."
+        )
+    return weights / weights.sum()
+
+
+def _merge(named: Any, path: Path, weights: np.ndarray) -> Moments:
+    mean, var = (jnp.asarray(named[(*path, field)]) for field in ("mean", "var"))
+    count = jnp.asarray(weights, jnp.float32).reshape(-1, *[1] * (mean.ndim - 1))
+    wide = [jnp.asarray(jnp.where(count > 0, a, 0), jnp.promote_types(a.dtype, jnp.float32)) for a in (mean, var)]
+    return merge_along(Moments(jnp.broadcast_to(count, mean.shape), *wide))
+
+
+def _common(path: Any, leaf: Any) -> Any:
+    if not np.array_equal(np.asarray(leaf), np.broadcast_to(np.asarray(leaf)[:1], np.shape(leaf))):
+        raise ValueError(
+            f"What is no statistic must be the same on all replicas: {jax.tree_util.keystr(path)} differs between "
+            "them. Take it from the replica that you want first."
+        )
+    return jnp.asarray(leaf[0])

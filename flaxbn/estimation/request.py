@@ -1,0 +1,120 @@
+"""What a user asks to be estimated, checked and made ready for any method."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn.data.placement import place, with_auto_axes
+from flaxbn.estimation.compiled import Key, Setting
+from flaxbn.layers.names import layer_name
+from flaxbn.models.arguments import call_directly, check_concrete, check_model
+from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, widened
+from flaxbn.models.linen import Call
+
+
+class Request(NamedTuple):
+    """The checked arguments of an estimate, but for the data.
+
+    Attributes:
+        setting: what is compiled for it depends on this.
+        variables: on the devices, the statistics in float32 or wider.
+        rngs: on the devices.
+        layers: all layers that have stored statistics.
+        wanted: those to estimate.
+    """
+
+    setting: Setting
+    variables: dict[str, Any]
+    rngs: dict[str, Any]
+    layers: StoredLayers
+    wanted: StoredLayers
+
+
+def request(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    call: Call | None,
+    sample_weight: Callable[[Any], Array] | None,
+    only: Callable[[str], bool] | None,
+    sharding: NamedSharding | None,
+    rngs: Mapping[str, Array] | None,
+    normalization_batch: str = "global",
+) -> Request:
+    """Checks the arguments and brings the variables to where the batches will lie."""
+    check_model(model)
+    _check_batch_stats(variables)
+    check_concrete("variables", variables)
+    check_concrete("rngs", rngs)
+    layers = stored_layers(variables["batch_stats"])
+    wanted = _wanted_layers(layers, only, model)
+    by_device = _check_normalization_batch(normalization_batch, sharding)
+    sharding = sharding and with_auto_axes(sharding)
+    setting = Setting(
+        key=Key(model),
+        call=call or call_directly,
+        sample_weight=sample_weight,
+        wanted=frozenset(wanted.entries),
+        sharding=sharding,
+        by_device=by_device,
+        options=_tracing_options(),
+    )
+    arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
+    if jax.process_count() > 1:
+        keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
+    arrays = {**arrays, "batch_stats": widened(arrays["batch_stats"])}
+    if sharding is not None:
+        arrays, keys = place((arrays, keys), sharding)
+    return Request(setting, arrays, keys, layers, wanted)
+
+
+def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:
+    if normalization_batch not in ("global", "device"):
+        raise ValueError(f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}.')
+    if normalization_batch == "device" and sharding is None:
+        raise ValueError(
+            'With `normalization_batch="device"` each device normalizes by its own part of a batch: say by `sharding` '
+            "how batches are split, for example `sharding=flaxbn.data_sharding()`."
+        )
+    if sharding is not None and not sharding.is_fully_addressable:
+        raise ValueError(
+            "`sharding` must lie on devices of this process, each of which reads its own part of the data and merges "
+            "at the end: use `flaxbn.data_sharding()`."
+        )
+    return normalization_batch == "device"
+
+
+def _tracing_options() -> tuple[Any, ...]:
+    """What decides how jax traces, besides shapes."""
+    names = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_threefry_partitionable",
+        "jax_default_prng_impl",
+    )
+    return tuple(getattr(jax.config, name) for name in names)
+
+
+def _wanted_layers(layers: StoredLayers, only: Callable[[str], bool] | None, model: nn.Module) -> StoredLayers:
+    if not layers.entries:
+        raise ValueError(
+            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
+            "none."
+        )
+    wanted = select(layers, only)
+    if not wanted.entries:
+        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
+        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    return wanted
+
+
+def _check_batch_stats(variables: Any) -> None:
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")

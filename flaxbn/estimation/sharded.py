@@ -1,0 +1,55 @@
+"""Moments of a layer's input that is split over devices, with one exchange between them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from flaxbn.arithmetic.moments import Moments, merge_deviations_along
+from flaxbn.data.placement import replicated, shards
+from flaxbn.tracing.measure import measure_tap, measure_tap_deviations
+from flaxbn.tracing.primitive import Tap
+
+
+def measure_spread(tap: Tap, weights: Array | None, samples: int, sharding: NamedSharding | None) -> Moments:
+    """`measure_tap` where batches of `samples` samples lie as `sharding`.
+
+    Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and
+    the deviations from it would be two exchanges, the second waiting for the first. The result does not depend on
+    whether the axis that is cut into parts is the one along which the samples lie.
+    """
+    parts = shards(sharding)
+    axis = _axis_of_samples(tap, samples)
+    if sharding is None or parts == 1 or axis is None or samples % parts:
+        return measure_tap(tap, weights)
+
+    def cut(values: Array | None, axis: int) -> Array | None:
+        if values is None or values.ndim <= axis or values.shape[axis] == 1:
+            return values
+        shape = (*values.shape[:axis], parts, -1, *values.shape[axis + 1 :])
+        return jnp.moveaxis(values.reshape(shape), axis, 0)
+
+    whole = tap.x, weights, tap.weights, tap.domain
+    given = cut(tap.x, axis), cut(weights, axis), cut(tap.weights, axis), cut(tap.domain, axis)
+    in_axes = tuple(None if part is value else 0 for part, value in zip(given, whole))
+
+    def measured(x: Any, weights: Any, mask: Any, domain: Any) -> Array:
+        pivot, deviations = measure_tap_deviations(tap._replace(x=x, weights=mask, domain=domain), weights)
+        return jnp.stack((pivot, *deviations))
+
+    found = jax.vmap(measured, in_axes)(*given)
+    found = jax.lax.with_sharding_constraint(found, replicated(sharding))
+    pivots, *deviations = jnp.moveaxis(found, 1, 0)
+    return merge_deviations_along(pivots, Moments(*deviations))
+
+
+def _axis_of_samples(tap: Tap, samples: int) -> int | None:
+    """The axis of the input along which the samples seem to lie; None where there is no telling."""
+    if tap.axis_name is not None or jnp.iscomplexobj(tap.x):
+        return None
+    axes = [tap.lanes + axis for axis in tap.axes if tap.x.shape[tap.lanes + axis] % samples == 0]
+    axis = min(axes, key=lambda axis: tap.x.shape[axis], default=None)  # the first of several alike
+    by_example = tap.domain is not None and tap.domain.ndim > tap.lanes
+    return None if by_example and axis != tap.lanes else axis

@@ -1,0 +1,1 @@
+"""What a layer computes, and the layers that own its variables."""

@@ -1,0 +1,73 @@
+"""Evaluation of a model with the statistics that the caller chooses."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from flaxbn.models.arguments import call_directly, check_model
+from flaxbn.models.batch_stats import widened
+from flaxbn.models.entries import entries_read
+from flaxbn.models.linen import Call, check_layers, is_array, trace
+from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
+from flaxbn.tracing.primitive import Tap
+
+
+def apply(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batch: Any,
+    *,
+    statistics: Literal["running", "batch"] = "running",
+    call: Call | None = None,
+) -> Any:
+    """Evaluates any Flax model with the batch-norm statistics of your choice.
+
+    With `statistics="batch"` every batch-norm layer, `flax.linen.BatchNorm` included, normalizes by the mean and
+    variance of its own input, as in training, while all else is evaluation: `nn.Dropout` is off, nothing is mutable and
+    nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
+    `jax.grad` and `jax.vmap`.
+
+    Args:
+        model: the model.
+        variables: its variables, `batch_stats` included; read only.
+        batch: what `call` takes.
+        statistics: "running" for the stored statistics, "batch" for those of the batch.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Returns:
+        What `call` returns.
+
+    Raises:
+        ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
+            would normalize by the statistics of a single value per channel.
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    if statistics not in ("running", "batch"):
+        raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
+    check_model(model)
+    if "batch_stats" in variables:
+        variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
+    leaves, structure = jax.tree.flatten(batch)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+
+    def run(module: Any, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        restored = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        return (call or call_directly)(module, jax.tree.unflatten(structure, restored))
+
+    program, finish = trace(model, variables, arrays, run, None)
+    switched = set()
+    if statistics == "batch":
+        check_layers(program, model)
+        entries = entries_read(program, variables, len(arrays))
+        switched = {site for site, read in enumerate(entries) if read is not None}
+
+    def on_tap(tap: Tap) -> Any:
+        if tap.site not in switched:
+            return stored_statistics(tap)
+        check_values(tap, tap.x.shape)
+        return batch_statistics(tap, measure_tap(tap, None))
+
+    return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])

@@ -1,0 +1,31 @@
+"""What every function that runs a model checks about it first."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def call_directly(module: Any, batch: Any) -> Any:
+    """The default of `call`."""
+    return module(batch)
+
+
+def check_model(model: Any) -> None:
+    """A model must be a module, not a function in which its layers cannot be seen."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
+            "method or a compiled function, inside which the batch-norm layers cannot be seen."
+        )
+
+
+def check_concrete(name: str, tree: Any) -> None:
+    """Arguments must be arrays, not what a transformation traces."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"`{name}` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
+            "outside of `jax.jit`, `jax.pmap`, `jax.shard_map` and the like: with the variables of one replica and "
+            '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
+            "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
+        )

@@ -1,0 +1,173 @@
+"""The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flaxbn.arithmetic.moments import Moments, is_moments, merge_segments, widen
+from flaxbn.layers.names import layer_name, layer_path
+
+Path = tuple[str, ...]
+
+_merge_segments = jax.jit(merge_segments, static_argnums=2)
+
+
+class StoredLayers(NamedTuple):
+    """The batch-norm layers of a `batch_stats` tree.
+
+    Attributes:
+        entries: for each layer the numbers of its channels, an int array of the shape of its mean. Numbers start at
+            1 and are unique in the tree.
+        total: how many numbers there are.
+    """
+
+    entries: dict[Path, np.ndarray]
+    total: int
+
+
+def stored_layers(batch_stats: Any) -> StoredLayers:
+    """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape."""
+    shapes = {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
+    entries, total = {}, 0
+    for names, shape in shapes.items():
+        if names[-1:] == ("mean",) and shapes.get((*names[:-1], "var")) == shape:
+            size = int(np.prod(shape))
+            entries[names[:-1]] = np.arange(total + 1, total + 1 + size).reshape(shape)
+            total += size
+    if total >= 2**23:
+        raise ValueError(
+            f"`batch_stats` must hold fewer than {2**23} channels, to number them in float32: got {total}."
+        )
+    return StoredLayers(entries, total)
+
+
+def widened(batch_stats: Any) -> Any:
+    """`batch_stats` with the statistics of all layers in float32 or wider."""
+    layers = stored_layers(batch_stats)
+
+    def wide(path: Any, leaf: Any) -> Any:
+        names = dict_names(path)
+        is_statistic = names[:-1] in layers.entries and names[-1] in ("mean", "var")
+        return jnp.asarray(leaf, widen(leaf.dtype)) if is_statistic else leaf
+
+    return jax.tree_util.tree_map_with_path(wide, batch_stats)
+
+
+def all_entries(layers: StoredLayers) -> np.ndarray:
+    """The numbers of all entries."""
+    return np.arange(1, layers.total + 1)
+
+
+def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
+    """The stored means and variances of all entries, by number."""
+    leaves = named_leaves(batch_stats)
+    mean, var = (
+        np.concatenate([np.ravel(jax.device_get(leaves[(*path, name)])) for path in layers.entries])
+        for name in ("mean", "var")
+    )
+    return mean, var
+
+
+def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:
+    """Merges moments of calls into those of the entries that the calls read."""
+    parts = list(contributions)
+    entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
+    fields = [np.concatenate([np.zeros(0, np.float32), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3)]
+    merged = jax.device_get(_merge_segments(Moments(*map(jnp.asarray, fields)), entries, layers.total))
+    return {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
+
+
+def as_tree(moments: Mapping[Path, Moments]) -> Any:
+    """The nested form of moments by path: a Moments in the place of each layer's variables."""
+    return moments[()] if () in moments else unflatten_dict(dict(moments))
+
+
+def by_path(moments: Any) -> dict[Path, Any]:
+    """The leaves of a tree of Moments, which those are, by the dictionary keys on their path."""
+    found = jax.tree_util.tree_flatten_with_path(moments, is_leaf=is_moments)[0]
+    return {dict_names(path): value for path, value in found}
+
+
+def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
+    """A tree of earlier moments by path, which must be those of `layers`."""
+    found = by_path(moments)
+    shapes = {path: np.shape(value.mean) if is_moments(value) else None for path, value in found.items()}
+    wanted = {path: entries.shape for path, entries in layers.entries.items()}
+    if shapes != wanted:
+        raise ValueError(
+            "`earlier` must be a tree of Moments of the same layers and shapes: got "
+            f"{ {layer_name(path): shape for path, shape in shapes.items()} } where "
+            f"{ {layer_name(path): shape for path, shape in wanted.items()} } are estimated."
+        )
+    return found
+
+
+def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
+    """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
+    found = by_path(moments)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
+    _check_places(found, named_leaves(batch_stats), keep_unseen)
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        names = dict_names(path)
+        if names[:-1] not in found or names[-1] not in ("mean", "var"):
+            return leaf
+        value, count = getattr(found[names[:-1]], names[-1]), found[names[:-1]].count
+        value = jnp.where(np.asarray(count) > 0, jnp.asarray(value).astype(leaf.dtype), leaf)
+        if not np.all(np.isfinite(np.asarray(value, np.complex128))):
+            raise ValueError(
+                f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
+                f"`batch_stats` stores them: its {names[-1]} overflows {leaf.dtype}. Store it in float32."
+            )
+        return jax.device_put(value, leaf.sharding) if getattr(leaf, "committed", False) else value
+
+    return jax.tree.unflatten(structure, [replaced(path, leaf) for path, leaf in leaves])
+
+
+def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
+    for path, value in moments.items():
+        old = stored.get((*path, "mean"))
+        if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
+            received = f"moments of shape {np.shape(value.mean)}" if is_moments(value) else type(value).__name__
+            place = "nothing" if old is None else f"a mean of shape {np.shape(old)}"
+            raise ValueError(
+                f"`moments` must be a tree of Moments with the layers and shapes of `batch_stats`: got {received} at "
+                f"'{layer_name(path)}', where `batch_stats` holds {place}."
+            )
+        if np.iscomplexobj(value.mean) and not np.iscomplexobj(old):
+            raise TypeError(
+                f"The stored mean of '{layer_name(path)}' must be complex, as its population mean is: it is "
+                f"{old.dtype}. Convert that leaf of `batch_stats` to complex64 first."
+            )
+        if not keep_unseen and not np.all(np.asarray(value.count) > 0):
+            raise ValueError(
+                f"`moments` must have seen data in every channel: {name_unseen(path, value)} saw none. To keep what is "
+                "stored there, pass `keep_unseen=True`."
+            )
+
+
+def name_unseen(path: Path, moments: Moments) -> str:
+    """Names a layer that saw no data, and the rows of its leading axis (of domains, or of a scan) if some did."""
+    missing = ~(np.asarray(moments.count) > 0)
+    rows = missing.reshape(len(missing), -1).any(1)
+    place = f"'{layer_name(path)}'"
+    return f"{place} (at {np.flatnonzero(rows).tolist()})" if missing.ndim > 1 and not missing.all() else place
+
+
+def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
+    """The layers that `only` accepts."""
+    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_path(p))})
+
+
+def named_leaves(tree: Any) -> dict[Path, Any]:
+    """The leaves of a tree by the dictionary keys on their path, in the order of the tree."""
+    return {dict_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def dict_names(path: Any) -> Path:
+    """The dictionary keys of a tree path; a box around the leaf adds none."""
+    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))

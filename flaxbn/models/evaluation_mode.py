@@ -1,0 +1,52 @@
+"""Whether the layers that a call runs are in evaluation mode."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import DenyList
+
+from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, layer_label, observing, running_function
+
+
+def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call) -> None:
+    """A batch-norm layer that normalizes by the batch or updates its average, or dropout that is on, is an error.
+
+    The model is traced; nothing is computed.
+    """
+
+    def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        done = _training_deed(context, args, kwargs)
+        if done:
+            raise ValueError(
+                f"Every layer must be in evaluation mode: {layer_label(context.module)} {done}. Turn training "
+                "off, with `call=lambda m, b: m(b, train=False)` if that is what the model calls it; where the stored "
+                "statistics are not those of the data, compute them first, with `flaxbn.estimate_population_stats`."
+            )
+        return next_call(*args, **kwargs)
+
+    def forward(variables: Any, batch: Any) -> None:
+        with nn.intercept_methods(intercept), observing("modes"):
+            model.apply(variables, batch, method=call, mutable=DenyList("params"))
+
+    jax.eval_shape(forward, variables, batch)
+
+
+def _training_deed(context: nn.module.InterceptorContext, args: Any, kwargs: Any) -> str:
+    """What the layer of an intercepted call does in training only; empty for one in evaluation, and for others."""
+    function, layer = running_function(context), context.module
+    if function not in (*LAYER_CALLS, DROPOUT_CALL) or layer.is_initializing():
+        return ""
+    given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
+
+    def is_false(option: str) -> bool:
+        value = getattr(layer, option) if given.get(option) is None else given[option]
+        return value is not None and not value
+
+    if function is DROPOUT_CALL:
+        return "drops values at random" if is_false("deterministic") and layer.rate > 0 else ""
+    if is_false("use_running_average"):
+        return "normalizes by the batch, so that a prediction depends on the other examples"
+    return "updates its running average" if given.get("update_running_average") else ""

@@ -1,0 +1,155 @@
+"""Whether the examples of a batch are independent of each other: statistics of parts must be those of the whole."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import DenyList
+
+from flaxbn.arithmetic.moments import Moments, merge, widen
+from flaxbn.data.batches import count_samples
+from flaxbn.models.arguments import call_directly, check_model
+from flaxbn.models.batch_stats import widened
+from flaxbn.models.linen import Call, is_array, trace
+from flaxbn.tracing.measure import measure_tap
+from flaxbn.tracing.primitive import Tap
+
+_TOLERANCE = 1e-3
+_UNITS = 4  # of rounding, in half precision
+
+
+class BatchDependenceError(ValueError):
+    """What is computed for an example changes with the others of its batch."""
+
+
+def assert_batch_independent(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+) -> None:
+    """Raises unless evaluating an example gives the same whatever else is in the batch.
+
+    The batch is cut into two uneven parts, every third example and the others. With the stored statistics, the merged
+    moments of what each batch-norm layer receives must be those of the whole batch: `|mean' - mean| <= 1e-3 std` and
+    `|var' - var| <= 1e-3 var`, `var` being that of the channel, of an average channel, and of the rounding of large
+    means (one unit of rounding times the mean square of the layer) together. Rounding comes to 1e-6 (in half precision
+    four units of it take the place of 1e-3). What is reduced over the batch shows by about 1/B: give a small batch of
+    unlike examples. Then each array that `call` returns with the examples along its leading axis must have the same
+    rows, within 1e-3 of its root mean square.
+
+    Args:
+        model: the model, with or without batch-norm layers.
+        variables: its variables; read only.
+        batch: a pytree of arrays with a common leading axis of at least two examples.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Raises:
+        BatchDependenceError: a ValueError that names the first layer behind which examples are mixed, or the output.
+        ValueError: if the batch is too small.
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    check_model(model)
+    if count_samples(batch) < 2:
+        raise ValueError("`batch` must hold at least two examples, to be cut into parts: got one.")
+    function = call or call_directly
+    whole = jax.tree.map(jnp.asarray, batch)
+    parts = [jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in split(count_samples(whole))]
+    layers, found = _stored_moments(model, variables, whole, function)
+    measured = [_stored_moments(model, variables, part, function)[1] for part in parts]
+    variances = [moments.var + jnp.mean(moments.var) for moments, _ in found]
+    check_parts(layers, found, [_merge_all(pair) for pair in zip(*measured)], variances)
+    _check_outputs(*(outputs(model, variables, part, function) for part in (whole, *parts)))
+
+
+def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of two uneven parts, interleaved, so that parts are no blocks that a model might respect."""
+    rows = np.arange(samples)
+    return rows[::3], np.delete(rows, np.s_[::3])
+
+
+def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any], variances: Sequence[Any]) -> None:
+    """The moments of the whole, `(Moments, dtype of the values)` for each call, against those of its parts, merged.
+
+    Differences are measured by `variances`: those of many samples, since a few can have next to none.
+    """
+    for layer, (moments, dtype), (again, _), var in zip(layers, whole, parts, variances, strict=True):
+        if _differ(jax.device_get(moments), jax.device_get(again), jax.device_get(var), dtype):
+            raise BatchDependenceError(
+                f"Each example must be evaluated by itself: what {layer} receives changes with the other examples of "
+                "the batch, so something before it mixes them (a mean over the batch, a layer in training mode that "
+                "is not batch normalization, an order of examples, pairs). Its statistics would depend on the batch "
+                'size. Mend the model or `call`; where mixing is meant, method="precise" with the batches of training '
+                "is the estimate to use."
+            )
+
+
+def _differ(whole: Moments, parts: Moments, var: np.ndarray, dtype: Any) -> bool:
+    seen = (whole.count > 0) & (parts.count > 0)
+    rounding = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.inexact) else widen(dtype)).eps)
+    tolerance = max(_TOLERANCE, _UNITS * rounding)
+    power = np.mean(np.abs(whole.mean) ** 2 + whole.var, where=seen) if seen.any() else 0.0
+    var = var.astype(np.float64) + rounding * power + np.finfo(np.float64).tiny
+    wrong = ~(np.abs(parts.mean - whole.mean) <= tolerance * np.sqrt(var))
+    wrong |= ~(np.abs(parts.var - whole.var) <= tolerance * var)
+    return bool(np.any(wrong & seen))
+
+
+def _merge_all(parts: Sequence[Any]) -> Any:
+    return merge(*(moments for moments, _ in parts)), parts[0][1]
+
+
+def _stored_moments(model: nn.Module, variables: Any, batch: Any, call: Call) -> tuple[list[str], list[Any]]:
+    """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
+    if "batch_stats" in variables:
+        variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
+    program, _ = trace(model, variables, batch, call, None)
+
+    def on_tap(tap: Tap) -> Any:
+        return tap.mean, tap.var, measure_tap(tap, None)
+
+    _, records = jax.jit(partial(program.run, on_tap=on_tap))(jax.tree.leaves((variables, batch)))
+    return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))
+
+
+def outputs(model: nn.Module, variables: Any, batch: Any, call: Call) -> list[np.ndarray]:
+    """The arrays that `call` returns."""
+
+    @jax.jit
+    def run(variables: Any, batch: Any) -> list[Any]:
+        output, _ = model.apply(variables, batch, method=call, mutable=DenyList("params"))
+        return [leaf for leaf in jax.tree.leaves(output) if is_array(leaf) and leaf.ndim]
+
+    return [np.asarray(leaf) for leaf in run(variables, batch)]
+
+
+def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
+    for i, (expected, *found) in enumerate(zip(whole, *parts, strict=True)):
+        samples = len(expected)
+        rows = split(samples)
+        if [len(part) for part in found] != [len(part) for part in rows]:
+            continue
+        again = np.empty_like(expected)
+        same_shapes = all(values.shape[1:] == expected.shape[1:] for values in found)
+        for part, values in zip(rows, found if same_shapes else ()):
+            again[part] = values
+        if not same_shapes or _rows_differ(expected, again):
+            raise BatchDependenceError(
+                f"Each example must be evaluated by itself: output {i} of `call`, of shape {expected.shape}, changes "
+                "with the other examples of the batch. A batch-norm layer in training mode does that, and whatever "
+                "else reduces over the batch: evaluate with `use_running_average=True`, and mend what mixes examples."
+            )
+
+
+def _rows_differ(expected: np.ndarray, found: np.ndarray) -> bool:
+    if not jnp.issubdtype(expected.dtype, jnp.inexact):
+        return not np.array_equal(expected, found)
+    tolerance = max(_TOLERANCE, _UNITS * float(jnp.finfo(expected.dtype).eps))
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    expected, found = expected.astype(wide), found.astype(wide)
+    finite = np.isfinite(expected) & np.isfinite(found)
+    scale = np.sqrt(np.mean(np.abs(expected) ** 2, where=finite)) if finite.any() else 0.0
+    wrong = np.abs(np.where(finite, found, 0) - np.where(finite, expected, 0)) > tolerance * scale
+    same = (expected == found) | (np.isnan(expected) & np.isnan(found))
+    return bool(np.any(np.where(finite, wrong, ~same)))

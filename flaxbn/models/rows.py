@@ -1,0 +1,141 @@
+"""Which entries of stored statistics make a row: those that one call normalizes one domain by."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from flaxbn.layers.names import layer_name
+from flaxbn.models.arguments import call_directly, check_model
+from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, widened
+from flaxbn.models.entries import entries_read
+from flaxbn.models.linen import Call, trace
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
+
+    Attributes:
+        path: that of its layer in `batch_stats`.
+        label: where the row lies in the layer's statistics, as an index without brackets; empty for a single row.
+        channels: the places of its channels in these statistics, flattened.
+    """
+
+    path: Path
+    label: str
+    channels: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The layer's name, with the row in brackets where it has several."""
+        return layer_name(self.path) + (f"[{self.label}]" if self.label else "")
+
+    def of(self, tree: Any) -> Any:
+        """The channels of this row, from arrays of the shape of the layer's statistics."""
+        return jax.tree.map(lambda a: np.ravel(a)[self.channels], tree)
+
+
+RowsByLayer = Mapping[Path, Sequence[Row]]
+
+
+def rows_of(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+) -> dict[Path, list[Row]]:
+    """The rows of statistics of each layer that `call` runs, as the traced model reads them.
+
+    The shape of what is stored does not tell: (3, 4) may be three domains, four steps of a scan whose statistics are
+    stacked along axis 1, or a layer with `axis=(1, 2)`, whose twelve channels are one row.
+
+    Args:
+        model: the model.
+        variables: its variables; read only.
+        batch: what `call` takes; the model is traced, and nothing is computed.
+        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+
+    Raises:
+        TypeError: if `model` is not a `flax.linen.Module`.
+    """
+    check_model(model)
+    layers = stored_layers(variables.get("batch_stats", {}))
+    if not layers.entries:
+        return {}
+    variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
+    program, _ = trace(model, variables, batch, call or call_directly, None)
+    entries = entries_read(program, variables, len(jax.tree.leaves(batch)))
+    read = [
+        np.unique(row)
+        for e, rank in zip(entries, program.channel_ranks())
+        if e is not None and e.size
+        for row in e.reshape(-1, math.prod(e.shape[e.ndim - rank :]))
+    ]
+    return {path: _named(path, layers.entries[path], parts) for path, parts in _by_layer(read, layers).items()}
+
+
+def _by_layer(read: Iterable[np.ndarray], layers: StoredLayers) -> dict[Path, list[np.ndarray]]:
+    """What was read of each layer, in the order of the layers."""
+    owner = np.zeros(layers.total + 1, int)
+    for number, entries in enumerate(layers.entries.values()):
+        owner[entries] = number
+    found: list[list[np.ndarray]] = [[] for _ in layers.entries]
+    for row in read:
+        for number in np.unique(owner[row]):
+            found[number].append(row[owner[row] == number])
+    return {path: parts for path, parts in zip(layers.entries, found) if parts}
+
+
+def seen_rows(rows: RowsByLayer | None, path: Path, count: Any) -> list[Row]:
+    """The rows of a layer with those of their channels that saw data; without `rows` those along the last axis."""
+    count = np.asarray(count)
+    if rows is None or path not in rows:
+        return _along_last(path, count, known=rows is None)
+    seen = np.ravel(count) > 0
+    kept = [replace(row, channels=row.channels[seen[row.channels]]) for row in rows[path]]
+    return [row for row in kept if row.channels.size]
+
+
+def _along_last(path: Path, count: np.ndarray, *, known: bool) -> list[Row]:
+    numbers = np.arange(count.size).reshape(count.shape)
+    rows = _named(path, numbers, numbers.reshape(-1, count.shape[-1] if count.ndim else 1)) if known else []
+    kept = [row for row in rows if np.all(row.of(count) > 0)]
+    covered = np.concatenate([np.zeros(0, int), *(row.channels for row in kept)])
+    if np.any(np.delete(count, covered) > 0):
+        raise ValueError(
+            f"Each row of statistics must have seen data in all of its channels, or in none: '{layer_name(path)}', of "
+            f"shape {count.shape}, has data elsewhere. Say which channels make a row, by "
+            "`rows=diagnostics.rows_of(model, variables, batch, call=call)` with the `call` that gave the moments."
+        )
+    return kept
+
+
+def _named(path: Path, numbers: np.ndarray, found: Iterable[np.ndarray]) -> list[Row]:
+    """The rows with these entries, each once and in order, named by the axes along which no row extends."""
+    numbers = np.atleast_1d(numbers)
+    distinct = sorted({tuple(row.tolist()) for row in found if len(row)})
+    channels = [np.searchsorted(np.ravel(numbers), row) for row in distinct]
+    places = [np.unravel_index(c, numbers.shape) for c in channels]
+    extended = [n == 1 or any(len(np.unique(p[axis])) > 1 for p in places) for axis, n in enumerate(numbers.shape)]
+    labels = [[":" if e else str(p[axis][0]) for axis, e in enumerate(extended)] for p in places]
+    return [Row(path, _trimmed(label), c) for label, c in zip(labels, channels)]
+
+
+def _trimmed(label: list[str]) -> str:
+    while label and label[-1] == ":":
+        label = label[:-1]
+    return ", ".join(label)
+
+
+def never_estimated(batch_stats: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray] | None = None) -> list[Row]:
+    """The rows whose stored mean is 0 and variance 1 in every channel; not those that have a count, which saw data."""
+    leaves = named_leaves(batch_stats)
+
+    def is_initial(row: Row) -> bool:
+        mean, var = row.of([leaves[(*row.path, field)] for field in ("mean", "var")])
+        saw_data = counts is not None and row.path in counts and np.any(row.of(counts[row.path]) > 0)
+        return not np.any(mean) and bool(np.all(var == 1)) and not saw_data
+
+    return [row for of_layer in rows.values() for row in of_layer if is_initial(row)]

@@ -1,0 +1,1 @@
+"""Programs of jax, traced and interpreted: statistics chosen from outside. Nothing here knows Flax."""

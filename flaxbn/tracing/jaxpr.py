@@ -1,0 +1,108 @@
+"""Traced programs of jax, taken apart and put together through its public names."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex
+
+
+def as_function(eqns: Sequence[Any], invars: list[Any], outvars: list[Any], debug_info: Any) -> Callable[..., Any]:
+    """A run of equations as a function of `invars` that returns `outvars`."""
+    jaxpr = jex.Jaxpr(
+        constvars=[],
+        invars=invars,
+        outvars=outvars,
+        eqns=list(eqns),
+        effects=set().union(*(e.effects for e in eqns)),
+        debug_info=debug_info.with_unknown_names(),
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
+
+
+def evaluate(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
+    """The outputs of one equation, whose primitive takes parameters that differ between versions of jax."""
+    given = {v: a for v, a in zip(eqn.invars, values) if is_variable(v)}
+    return as_function([eqn], list(given), list(eqn.outvars), debug_info)(*given.values())
+
+
+def subjaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    values = (v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,)))
+    return [v for v in values if hasattr(opened(v), "eqns")]
+
+
+def opened(jaxpr: Any) -> Any:
+    """A jaxpr without its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def is_variable(v: Any) -> bool:
+    """Whether an operand is a variable, and no literal."""
+    return not isinstance(v, jex.Literal)
+
+
+def read(env: Mapping[Any, Any], v: Any) -> Any:
+    """The value of an operand."""
+    return env[v] if is_variable(v) else v.val
+
+
+def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
+    """What two runs of equations have in common that compute the same function, whatever their variables are called."""
+    numbers: dict[Any, int] = {}
+
+    def operand(v: Any) -> Hashable:
+        if is_variable(v):
+            return numbers[v]
+        return np.asarray(v.val).tobytes(), v.aval
+
+    def define(variables: Sequence[Any]) -> Hashable:
+        numbers.update({v: len(numbers) + i for i, v in enumerate(variables)})
+        return tuple(v.aval for v in variables)
+
+    taken = define(invars)
+    steps = []
+    for eqn in eqns:
+        read = tuple(map(operand, eqn.invars))
+        steps.append((eqn.primitive, _parameters(eqn), read, define(eqn.outvars)))
+    return taken, tuple(steps), tuple(map(operand, outvars))
+
+
+def as_key(value: Any) -> Hashable:
+    """A parameter of an equation by value where it can be, and by identity where it cannot."""
+    jaxpr = opened(value)
+    if hasattr(jaxpr, "eqns"):
+        consts = tuple(map(id, getattr(value, "consts", ())))
+        return consts, structure((*jaxpr.constvars, *jaxpr.invars), jaxpr.eqns, jaxpr.outvars)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(as_key, value))
+    if isinstance(value, dict):
+        return tuple((name, as_key(item)) for name, item in sorted(value.items()))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    is_number = isinstance(value, float | complex | np.generic)  # 0.0 == -0.0
+    return type(value), repr(value) if is_number else value
+
+
+def _parameters(eqn: Any) -> Hashable:
+    """The parameters that decide the value of an equation; the rules of its differentiation do not."""
+    is_custom = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+    return as_key({name: p for name, p in eqn.params.items() if not is_custom or hasattr(opened(p), "eqns")})
+
+
+def work(eqn: Any) -> float:
+    """Floating-point operations: those of a product or a convolution, or one for each element read or written."""
+    inner = [sum(map(work, opened(jaxpr).eqns)) for jaxpr in subjaxprs(eqn)]
+    if inner:
+        return float(max(inner) * eqn.params.get("length", 1))
+    made = sum(v.aval.size for v in eqn.outvars)
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return float(2 * made * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted))
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        return 2 * made * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return float(max(made, sum(v.aval.size for v in eqn.invars)))

@@ -1,0 +1,294 @@
+"""A traced evaluation, interpreted: what its taps let through is decided from outside."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from flaxbn.tracing.jaxpr import as_function, evaluate, is_variable, opened, read, subjaxprs
+from flaxbn.tracing.primitive import OnTap, as_tap, tap_p
+
+
+class Program:
+    """A traced evaluation, in pieces: runs of plain equations, and single equations with taps inside."""
+
+    def __init__(self, jaxpr: Any, consts: Sequence[Any]) -> None:
+        self.jaxpr = jaxpr
+        self.consts = list(consts)
+        self.pieces = list(_pieces(jaxpr))
+        self._inner: dict[int, Program] = {}
+
+    def tap_inputs(self) -> list[Any]:
+        """The abstract input of each tap, in the order of the program."""
+        return [e.invars[0].aval for e in tap_equations(self.jaxpr)]
+
+    def layer_names(self) -> list[str]:
+        """The layer of each tap, in the order of the program."""
+        return [e.params["layer"] for e in tap_equations(self.jaxpr)]
+
+    def channel_ranks(self) -> list[int]:
+        """How many trailing axes of the statistics of each tap are channels, in the order of the program."""
+        return [e.params["channel_rank"] for e in tap_equations(self.jaxpr)]
+
+    def run(self, args: Sequence[Any], on_tap: OnTap, site: int = 0) -> tuple[list[Any], list[Any]]:
+        """Interprets the program: its outputs, and the record of each tap in the order of the program.
+
+        Inside a scan records are stacked along a leading axis, one for each step; in a branch of a `cond` that is
+        not taken they are zeros. Taps are numbered from `site`.
+        """
+        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*self.consts, *args)))
+        records: list[Any] = []
+        for piece in self.pieces:
+            values = [read(env, v) for v in piece.invars]
+            if isinstance(piece, _Plain):
+                outputs = piece.function(*values)
+            else:
+                outputs, found = self._run_tapped(piece, values, on_tap, site + len(records))
+                records += found
+            env.update(zip(piece.outvars, outputs))
+        return [read(env, v) for v in self.jaxpr.outvars], records
+
+    def read_by_taps(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """What reaches the `mean` of each tap where only some arguments are known: the others are `UNKNOWN`.
+
+        Computes what the known arguments determine and nothing else; returns the outputs and the means, stacked as
+        the records of `run` are. All branches of a `cond` are read.
+        """
+        consts = (UNKNOWN if isinstance(c, jax.core.Tracer) else c for c in self.consts)
+        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*consts, *args)))
+        means: list[Any] = []
+        for eqn in self.jaxpr.eqns:
+            values = [read(env, v) for v in eqn.invars]
+            if eqn.primitive is tap_p:
+                means.append(values[1])
+                outputs = [UNKNOWN] * len(eqn.outvars)
+            elif has_tap(eqn):
+                outputs, found = self._read_tapped(eqn, values)
+                means += found
+            elif eqn.primitive.name in _TYPE_CHANGES:
+                outputs = values
+            elif eqn.effects or any(v is UNKNOWN for v in values):
+                outputs = [UNKNOWN] * len(eqn.outvars)
+            else:
+                outputs = evaluate(eqn, values, self.jaxpr.debug_info)
+            env.update(zip(eqn.outvars, outputs))
+        return [read(env, v) for v in self.jaxpr.outvars], means
+
+    def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+        if eqn.primitive is tap_p:
+            mean, var, record = on_tap(as_tap(eqn.params, values, site))
+            return [_of_type(a, v.aval) for a, v in zip((mean, var), eqn.outvars)], [record]
+        programs = self.inner(eqn)
+        kind = kind_of(eqn)
+        if kind == "cond":
+            return _run_cond(programs, values, on_tap, site)
+        if kind == "scan":
+            return _run_scan(eqn, programs[0], values, on_tap, site)
+        if kind == "remat":
+            return _run_remat(eqn, programs[0], values, on_tap, site)
+        outputs, records = programs[0].run(values, on_tap, site)
+        if kind == "custom":
+            outputs = [_without_gradient(a, eqn.primitive.name) for a in outputs]
+        return outputs, records
+
+    def _read_tapped(self, eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        programs = self.inner(eqn)
+        kind = kind_of(eqn)
+        if kind == "cond":
+            return _read_cond(programs, values)
+        if kind == "scan":
+            return _read_scan(eqn, programs[0], values)
+        return programs[0].read_by_taps(values)
+
+    def inner(self, eqn: Any) -> list["Program"]:
+        """The programs inside an equation: one, or the branches of a `cond`."""
+        jaxprs = subjaxprs(eqn)
+        for jaxpr in jaxprs:
+            if id(jaxpr) not in self._inner:
+                self._inner[id(jaxpr)] = Program(opened(jaxpr), getattr(jaxpr, "consts", ()))
+        return [self._inner[id(jaxpr)] for jaxpr in jaxprs]
+
+
+def _of_type(a: Any, aval: Any) -> Array:
+    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over."""
+    missing = tuple(sorted(_varying(aval) - _varying(jax.typeof(a))))
+    a = a.astype(aval.dtype)
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+    """The mapped axes of `jax.shard_map` over which a type varies."""
+    return frozenset(aval.mat.varying)
+
+
+class _Unknown:
+    """A value that the known arguments do not determine."""
+
+
+UNKNOWN = _Unknown()
+
+
+class _Plain(NamedTuple):
+    """A run of equations without taps, as one function."""
+
+    function: Callable[..., Any]
+    invars: list[Any]
+    outvars: list[Any]
+
+
+def _pieces(jaxpr: Any) -> Iterator[Any]:
+    last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if is_variable(v)}
+    last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_variable(v)}
+    tapped = [i for i, e in enumerate(jaxpr.eqns) if has_tap(e)]
+    begin = 0
+    for end in (*tapped, len(jaxpr.eqns)):
+        eqns = jaxpr.eqns[begin:end]
+        if eqns:
+            made = dict.fromkeys(v for e in eqns for v in e.outvars)
+            read = dict.fromkeys(v for e in eqns for v in e.invars if is_variable(v) and v not in made)
+            kept = [v for v in made if last_use.get(v, -1) >= end]
+            yield _Plain(as_function(eqns, list(read), kept, jaxpr.debug_info), list(read), kept)
+        if end < len(jaxpr.eqns):
+            yield jaxpr.eqns[end]
+        begin = end + 1
+
+
+def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    index, *operands = values
+    sites = [site + sum(len(p.layer_names()) for p in programs[:i]) for i in range(len(programs))]
+
+    def run(i: int, *operands: Any) -> tuple[list[Any], list[Any]]:
+        return programs[i].run(operands, on_tap, sites[i])
+
+    shapes = [jax.eval_shape(lambda *a, i=i: run(i, *a)[1], *operands) for i in range(len(programs))]
+
+    def branch(i: int, *operands: Any) -> tuple[list[Any], list[Any]]:
+        outputs, found = run(i, *operands)
+        records = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), others) for others in shapes]
+        records[i] = found
+        return outputs, [*chain.from_iterable(records)]
+
+    return jax.lax.switch(index, [partial(branch, i) for i in range(len(programs))], *operands)
+
+
+def _read_cond(programs: list[Program], values: list[Any]) -> tuple[list[Any], list[Any]]:
+    _, *operands = values
+    outputs, means = zip(*(p.read_by_taps(operands) for p in programs))
+    return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(means)]
+
+
+def _agreed(values: Sequence[Any]) -> Any:
+    if any(v is UNKNOWN for v in values):
+        return UNKNOWN
+    return values[0] if all(np.array_equal(values[0], v) for v in values[1:]) else UNKNOWN
+
+
+def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    consts, carry, xs = scan_operands(eqn, program, values)
+
+    def body(carry: list[Any], xs: list[Any]) -> Any:
+        outputs, records = program.run([*consts, *carry, *xs], on_tap, site)
+        return outputs[: len(carry)], (outputs[len(carry) :], records)
+
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    carry, (ys, records) = jax.lax.scan(body, carry, xs, length=length, reverse=reverse, unroll=eqn.params["unroll"])
+    return [*carry, *ys], records
+
+
+def _read_scan(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    consts, carry, xs = scan_operands(eqn, program, values)
+    steps = range(eqn.params["length"])
+    ys: dict[int, list[Any]] = {}
+    means: dict[int, list[Any]] = {}
+    for i in reversed(steps) if eqn.params["reverse"] else steps:
+        outputs, means[i] = program.read_by_taps([*consts, *carry, *(x if x is UNKNOWN else x[i] for x in xs)])
+        carry, ys[i] = outputs[: len(carry)], outputs[len(carry) :]
+    return [*carry, *_stacked(ys)], _stacked(means)
+
+
+def _stacked(steps: Mapping[int, list[Any]]) -> list[Any]:
+    columns = zip(*(steps[i] for i in sorted(steps)))
+    return [UNKNOWN if any(a is UNKNOWN for a in column) else np.stack(column) for column in columns]
+
+
+def scan_operands(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions."""
+    inner = program.jaxpr
+    carries = sum(out.aval.ndim == v.aval.ndim for out, v in zip(eqn.outvars, inner.outvars))
+    scanned = sum(v.aval.ndim > i.aval.ndim for v, i in zip(eqn.invars, inner.invars))
+    begin = len(values) - scanned - carries
+    return values[:begin], values[begin : begin + carries], values[begin + carries :]
+
+
+def _run_remat(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    def run(*values: Any) -> tuple[list[Any], list[Any]]:
+        return program.run(values, on_tap, site)
+
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+
+
+def _without_gradient(x: Array, rule: str) -> Array:
+    """`x`, whose differentiation is an error: a rule of the model's own around a batch-norm layer would be lost."""
+
+    @jax.custom_jvp
+    def identity(x: Array) -> Array:
+        return x
+
+    @identity.defjvp
+    def differentiate(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"A batch-norm layer lies inside a function with a differentiation rule of its own (`{rule}`), which is "
+            "lost where statistics are chosen from outside: its gradient is not available."
+        )
+
+    return identity(x)
+
+
+_TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
+
+_KINDS = {
+    "jit": "inline",
+    "pjit": "inline",
+    "closed_call": "inline",
+    "core_call": "inline",
+    "checkpoint": "remat",
+    "remat": "remat",
+    "remat2": "remat",
+    "custom_jvp_call": "custom",
+    "custom_vjp_call": "custom",
+    "custom_vjp_call_jaxpr": "custom",
+    "scan": "scan",
+    "cond": "cond",
+}
+
+
+def kind_of(eqn: Any) -> str:
+    """How to run an equation with taps inside: "inline", "remat", "custom", "scan" or "cond"; others are errors."""
+    name = eqn.primitive.name
+    if name not in _KINDS:
+        inside = next(e for j in subjaxprs(eqn) for e in tap_equations(opened(j)))
+        raise ValueError(
+            f"A batch-norm layer must not lie inside `{name}`, where its statistics cannot be chosen from outside: "
+            f"got {inside.params['layer']}. Use `nn.scan` in the place of a `while` loop, and call the model outside "
+            "of `shard_map`."
+        )
+    return _KINDS[name]
+
+
+def tap_equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of the primitive, in order, wherever they lie."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is tap_p:
+            yield eqn
+        for inner in subjaxprs(eqn):
+            yield from tap_equations(opened(inner))
+
+
+def has_tap(eqn: Any) -> bool:
+    """Whether an equation is a tap or has one inside."""
+    return eqn.primitive is tap_p or any(True for j in subjaxprs(eqn) for _ in tap_equations(opened(j)))
