@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from flaxbn.data.batches import check_arrays, count_samples
+from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.models.apply import apply
 from flaxbn.models.linen import Call
 
@@ -123,12 +123,11 @@ def _over(
 
 
 def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterable[Any]:
-    check_arrays(batches, batch_size)
-    if batch_size is None:
-        return batches
-    samples = count_samples(batches)
-    firsts = range(0, samples - batch_size + 1 if full else samples, batch_size)
-    return (jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts)
+    """Batches in the order of the data; of arrays, where `full`, without a smaller last one."""
+    data = open_batches(batches, batch_size, in_order=True)
+    if isinstance(data, Stream) or not full:
+        return data
+    return (data.take(places) for group in data.groups for places in group if len(places) == batch_size)
 
 
 def _distinct(labels: np.ndarray, domain: Callable[[Any], Any] | None) -> list[Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import check_arrays, check_positive, count_samples
+from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches
 
 
 def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
@@ -17,20 +17,17 @@ def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list
     Of arrays batches of consecutive samples, drawn at random, always the same, in their order; of a sequence of batches
     likewise. Of another iterable the first ones. A smaller last one is left out.
     """
-    check_positive("batch_size", batch_size)
     check_positive("num_batches", num_batches)
-    check_arrays(batches, batch_size)
-    if batch_size is None:
-        return _full_batches(batches, num_batches)
-    samples = count_samples(batches)
-    count = samples // batch_size
-    if min(count, num_batches) < 2:
+    data = open_batches(batches, batch_size, in_order=True)
+    if isinstance(data, Stream):
+        return _full_batches(data, num_batches)
+    full = data.groups[0]
+    if full.shape[1] != batch_size or min(len(full), num_batches) < 2:
         raise ValueError(
-            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
+            f"Two batches are needed at least: got {count_samples(batches)} samples, `batch_size={batch_size}` and "
             f"`num_batches={num_batches}`."
         )
-    firsts = [number * batch_size for number in _drawn(count, num_batches)]
-    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts]
+    return [data.take(full[number]) for number in _drawn(len(full), num_batches)]
 
 
 def _drawn(count: int, num_batches: int) -> list[int]:
@@ -44,11 +41,11 @@ def _spread(batches: Sequence[Any], num_batches: int) -> list[Any]:
     return [batches[number] for number in _drawn(len(batches) - last_is_smaller, num_batches)]
 
 
-def _full_batches(batches: Iterable[Any], num_batches: int) -> list[Any]:
-    if isinstance(batches, Sequence):
-        chosen = _spread(batches, num_batches)
+def _full_batches(data: Stream, num_batches: int) -> list[Any]:
+    if isinstance(data.batches, Sequence):
+        chosen = _spread(data.batches, num_batches)
     else:
-        chosen = [*itertools.islice(batches, num_batches)]
+        chosen = [*itertools.islice(data, num_batches)]
     sizes = [count_samples(batch) for batch in chosen]
     if any(size != sizes[0] for size in sizes[:-1]) or sizes[-1:] > sizes[:1]:
         raise ValueError(
