@@ -19,6 +19,12 @@ from flaxbn.models.linen import Call
 class Gap:
     """Mean losses on the training data by two kinds of statistics, and on the validation data.
 
+    Example:
+        >>> from flaxbn import diagnostics
+        >>> loss = diagnostics.Gap(batch=0.5, stored=0.75, error=0.01, validation=1.5, samples=1000)
+        >>> loss.normalization, loss.rest
+        (0.25, 0.75)
+
     Attributes:
         batch: on the training data, each batch normalized by its own statistics, as in training.
         stored: on the same data with the same weights, normalized by the stored statistics, as in inference.
@@ -63,6 +69,16 @@ def gap(
 
     All are losses of the model in evaluation mode, with the same weights: dropout is off, nothing is augmented.
 
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = np.tile(np.float32([[2.0], [4.0]]), (32, 1))
+        >>> variables = model.init(jax.random.key(0), x)  # mean 0 and variance 1, where 3 and 1 are right
+        >>> loss = diagnostics.gap(model, variables, x, lambda y, batch: (y**2).mean(-1), batch_size=8)[None]
+        >>> round(loss.batch, 1), round(loss.stored, 1), round(loss.normalization, 1)
+        (1.0, 10.0, 9.0)
+
     Args:
         model: the model.
         variables: its variables with the statistics to be looked at; read only.
@@ -106,7 +122,10 @@ def gap(
 def _over(
     batches: Iterable[Any], losses: Callable[[Any], tuple[Array, ...]], domain: Callable[[Any], Any] | None
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The columns of losses of all examples, their labels, and the numbers of their batches."""
+    """The columns of losses of all examples, their labels, and the numbers of their batches.
+
+    Losses are kept for each example, in float64, since the standard error needs to know which ones shared a batch.
+    """
     rows = []
     for number, batch in enumerate(batches):
         size = count_samples(batch)
@@ -131,11 +150,13 @@ def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterabl
 
 
 def _distinct(labels: np.ndarray, domain: Callable[[Any], Any] | None) -> list[Any]:
+    """The labels of the domains in ascending order; none where domains are not told apart."""
     return [] if domain is None else np.unique(labels).tolist()
 
 
 @np.errstate(invalid="ignore")  # where losses are infinite, their difference is NaN
 def _record(by_batch: np.ndarray, by_stored: np.ndarray, numbers: np.ndarray, validation: float | None) -> Gap:
+    """The record of some examples, with the numbers of the batches that they lay in."""
     difference = by_stored - by_batch
     sums = np.bincount(numbers, difference - np.mean(difference))
     count = len(np.unique(numbers))

@@ -41,7 +41,7 @@ class PassOptions(NamedTuple):
     """What a compiled pass depends on, besides shapes."""
 
     key: Key
-    call: Call
+    call: Call | None
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[Path]
     sharding: NamedSharding | None

@@ -12,8 +12,8 @@ from jaxtyping import Array
 from flaxbn.data.placement import place, with_auto_axes
 from flaxbn.estimation.compiled import Key, PassOptions
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import call_directly, check_concrete, check_model
-from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, widened
+from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.linen import Call
 
 
@@ -57,7 +57,7 @@ def request(
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
         key=Key(model),
-        call=call or call_directly,
+        call=call,
         sample_weight=sample_weight,
         wanted=frozenset(wanted.entries),
         sharding=sharding,
@@ -67,7 +67,7 @@ def request(
     arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
     if jax.process_count() > 1:
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
-    arrays = {**arrays, "batch_stats": widened(arrays["batch_stats"])}
+    arrays = dict(with_wide_statistics(arrays))
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
     return Request(options, arrays, keys, layers, wanted)

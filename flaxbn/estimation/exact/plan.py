@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
@@ -176,10 +175,7 @@ def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | N
     if memory_limit is None:
         free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
         memory_limit = None if free is None else max(free // 2, 1)
-    names = []
-    for entries in batches[0].segments.entries:
-        path = next(path for path, own in asked.layers.entries.items() if np.isin(own, entries).any())
-        names.append(layer_name(path))
+    names = [layer_name(asked.layers.layer_of(entries)) for entries in batches[0].segments.entries]
     samples = sum(batch.size for batch in batches)
     parts = shards(asked.options.sharding)
     return make_plan(names, [batch.segments for batch in batches], samples, parts, memory_limit)
