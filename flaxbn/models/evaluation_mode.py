@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 from flax.core import DenyList
 
-from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, layer_label, observing, running_function
+from flaxbn.layers.names import layer_label
+from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, observing, running_function
 
 
 def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call) -> None:

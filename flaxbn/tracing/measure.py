@@ -1,13 +1,11 @@
 """What the taps of a program let through: the readers of `Program.run`."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flaxbn.arithmetic.groups import Sharing
-from flaxbn.arithmetic.moments import Moments, measure_deviations, members
+from flaxbn.arithmetic.groups import Sharing, values_per_channel
+from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted
 from flaxbn.tracing.primitive import Tap
 
 
@@ -23,10 +21,7 @@ def batch_statistics(tap: Tap, moments: Moments) -> tuple[Array, Array, Moments]
 
 def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
     """A single value per channel has no batch statistics: an error, `shape` being that of the input without padding."""
-    values = math.prod(shape[tap.lanes + axis] for axis in tap.axes)
-    if tap.axis_name is not None:
-        values *= members(tap.axis_name, tap.axis_index_groups)
-    if values == 1:
+    if values_per_channel(shape[tap.lanes :], tap.axes, tap.axis_name, tap.axis_index_groups) == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
             f"of shape {shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one."
@@ -42,7 +37,7 @@ def replace_seen(mean: Array, var: Array, moments: Moments) -> tuple[Array, Arra
 def measure_tap(tap: Tap, weights: Array | None) -> Moments:
     """The moments of the tap's input, by the weights of samples (of the rank of the input) and the layer's mask."""
     pivot, deviations = measure_tap_deviations(tap, weights)
-    return deviations._replace(mean=pivot + deviations.mean)
+    return shifted(deviations, pivot)
 
 
 def measure_tap_deviations(tap: Tap, weights: Array | None) -> tuple[Array, Moments]:
