@@ -8,7 +8,7 @@ and no shell does arithmetic. `run_layer` reads in the order of the computation:
 3. those to normalize by, of the batch or the running average (`_select`), with renormalization's r and d folded into
    the affine parameters (`_renormalize`),
 4. the output (`flaxbn.normalize`), and
-5. the new running average (`_update`).
+5. the new running average (`running_average.update_stored`).
 """
 
 from typing import Any, NamedTuple
@@ -19,23 +19,11 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, ArrayLike
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted, widen
-from flaxbn.arithmetic.normalize import ema, normalize
+from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted
+from flaxbn.arithmetic.normalize import normalize
 from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
 from flaxbn.layers.arguments import Mode, Options, domain_of, feature_axes, position_weights
-
-
-class Stored(NamedTuple):
-    """What a layer keeps from batch to batch.
-
-    Attributes:
-        mean, var: the running average, of shape (*channels), or (num_domains, *channels).
-        steps: the number of updates, a scalar or (num_domains,); None where there is none.
-    """
-
-    mean: Array
-    var: Array
-    steps: Array | None = None
+from flaxbn.layers.running_average import Stored, read_steps, row_of, update_stored
 
 
 class _Arranged(NamedTuple):
@@ -83,16 +71,6 @@ class _Selected(NamedTuple):
     var: Array
 
 
-def initial_steps(num_domains: int | None) -> Array:
-    """The number of updates of a layer, or of each domain of it, before the first."""
-    return jnp.zeros(() if num_domains is None else (num_domains,), jnp.int32)
-
-
-def stored_dtype(dtype: Any) -> Any:
-    """The dtype of the running mean of input of `dtype`: averages of half precision would soon stand still."""
-    return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
-
-
 def run_layer(
     options: Options,
     mode: Mode,
@@ -124,19 +102,21 @@ def run_layer(
     """
     dtype = canonicalize_dtype(x, scale, bias, dtype=options.dtype)
     arranged = _arrange(options, mode, x, mask, domain)
-    running = _Statistics(_row(stored.mean, arranged.row), _row(stored.var, arranged.row))
+    running = _Statistics(row_of(stored.mean, arranged.row), row_of(stored.var, arranged.row))
     if options.domain_affine:
-        scale, bias = _row(scale, arranged.row), _row(bias, arranged.row)
+        scale, bias = row_of(scale, arranged.row), row_of(bias, arranged.row)
     selected = _Selected(running.mean, None, running.var)
     if mode.measures:
         batch = _measure(options, mode, arranged)
         if not mode.use_running_average:
-            selected = _select(batch, running, None if arranged.row is None else arranged.row < len(stored.mean))
-        if not mode.use_running_average and options.r_max is not None:
-            steps = _row(_steps(options, stored), arranged.row)
-            scale, bias = _renormalize(options, selected, running, scale, bias, steps)
+            in_range = None if arranged.row is None else arranged.row < len(stored.mean)
+            selected = _select(batch, running, in_range)
+            if options.r_max is not None:
+                steps = row_of(read_steps(stored, options.num_domains), arranged.row)
+                scale, bias = _renormalize(options, selected, running, scale, bias, steps)
         if mode.update:
-            stored = _update(options, arranged, batch, running, stored)
+            found = shifted(batch.deviations, batch.pivot)
+            stored = update_stored(options, stored, running, found, batch.seen, arranged.row)
     y = normalize(
         arranged.x,
         selected.pivot,
@@ -151,7 +131,11 @@ def run_layer(
 
 
 def _arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> _Arranged:
-    """Checks what a call is given, and finds out over what its statistics are sums."""
+    """Checks what a call is given, and finds out over what its statistics are sums.
+
+    A batch of one domain runs as a plain layer does, on that domain's row. Only where members of a mapped axis bring
+    batches of different domains must the sums be told apart, and the batch is one of mixed domains to each of them.
+    """
     features = feature_axes(x.ndim, options.axis)
     axes = tuple(axis for axis in range(x.ndim) if axis not in features)
     weights = None if mask is None else position_weights(mask, x.shape, features)
@@ -181,13 +165,20 @@ def _members_may_differ(options: Options, mode: Mode, features: tuple[int, ...])
 
 
 def _least_count(options: Options, sharing: Sharing, mask: Any) -> int:
-    """A domain's single value, which counts 1 where weights are 0 or 1, would have a constant output."""
+    """The weight up to which statistics are not used: 1 for a single value of a domain, whose output would be constant.
+
+    It counts 1 where weights are 0 or 1; of other weights, one value cannot be told from several.
+    """
     single = sharing.domain is not None and not options.accepts_single_value
     return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
 
 
 def _measure(options: Options, mode: Mode, arranged: _Arranged) -> _Batch:
-    """The statistics of the batch, those of other members of `axis_name` included."""
+    """The statistics of the batch, those of other members of `axis_name` included.
+
+    Without a mask shapes tell whether there is more than one value per channel: if not, it is an error, for training
+    would go on without one, on a constant.
+    """
     x, sharing = arranged.x, arranged.sharing
     axis_name = None if mode.initializing else options.axis_name
     values = values_per_channel(x.shape, sharing.axes, axis_name, options.axis_index_groups)
@@ -210,7 +201,10 @@ def _measure(options: Options, mode: Mode, arranged: _Arranged) -> _Batch:
 
 
 def _select(batch: _Batch, running: _Statistics, in_range: Array | None) -> _Selected:
-    """The statistics of the batch, and the running average for channels without; NaN for a domain not in range."""
+    """What training normalizes by: the statistics of the batch, and the running average where there are none.
+
+    `in_range` is that of the batch's domain, a traced number that cannot raise: it is NaN that shows a wrong one.
+    """
     pivot = jnp.where(batch.seen, batch.pivot, running.mean)
     if in_range is not None:
         pivot = jnp.where(in_range, pivot, jnp.nan)
@@ -226,9 +220,11 @@ def _renormalize(
     bias: Array | None,
     steps: Array,
 ) -> tuple[Array, Array]:
-    """The affine parameters that renormalize, too.
+    """The affine parameters that renormalize, too: `(y * r + d) * scale + bias` of the normalized y.
 
-    Both means are taken about the pivot, so that their difference, on which `d` rests, is not that of rounded numbers.
+    The running average is that before this batch's update, and both means are taken about the pivot, so that their
+    difference, on which `d` rests, is not that of rounded numbers. `steps` are those of the domain of the batch, or of
+    all domains.
     """
     if jnp.iscomplexobj(selected.pivot):
         raise TypeError(
@@ -243,47 +239,14 @@ def _renormalize(
 
 
 def _at_steps(bound: Any, steps: Array, ndim: int) -> Array:
-    """A bound after so many updates; that of each domain is shaped to broadcast against statistics of rank `ndim`."""
+    """A bound after so many updates, shaped to broadcast against statistics of rank `ndim`.
+
+    Domains have counts of their own, and a schedule takes one step at a time: it is asked for each of them.
+    """
     if callable(bound):
-        bound = jax.vmap(bound)(steps) if steps.ndim else bound(steps)  # schedules take one step
+        bound = jax.vmap(bound)(steps) if steps.ndim else bound(steps)
     bound = jnp.asarray(bound)
     return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
-
-
-def _steps(options: Options, stored: Stored) -> Array:
-    """The stored number of updates, 0 where a checkpoint lacks it, also where averaging tools have made it a float."""
-    steps = initial_steps(options.num_domains) if stored.steps is None else stored.steps
-    return jnp.round(jnp.asarray(steps)).astype(jnp.int32)
-
-
-def _update(options: Options, arranged: _Arranged, batch: _Batch, running: _Statistics, stored: Stored) -> Stored:
-    """What is stored after the batch: where it has no usable statistics, what was stored before."""
-    found = shifted(batch.deviations, batch.pivot)
-    usable = batch.seen & jnp.isfinite(found.mean) & jnp.isfinite(found.var)
-    mean, var = (_averaged(old, new, options.momentum, usable) for old, new in zip(running, found[1:]))
-    row, steps = arranged.row, stored.steps
-    if options.counts_updates:
-        channels = range(len(arranged.sharing.axes) - arranged.x.ndim, 0)
-        steps = _steps(options, stored)
-        steps = _with_row(steps, row, _row(steps, row) + jnp.any(usable, tuple(channels))).astype(jnp.int32)
-    return Stored(_with_row(stored.mean, row, mean), _with_row(stored.var, row, var), steps)
-
-
-def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
-    """The running average, in the wider of both dtypes, float32 at least; no gradient flows into what is stored."""
-    dtype = jnp.promote_types(widen(old.dtype), stored_dtype(new.dtype))
-    old = old.astype(dtype)
-    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
-
-
-def _row(a: Any, row: Array | None) -> Any:
-    """What is stored for one domain, NaN for one out of range; all of it where there is no row."""
-    return a if a is None or row is None else a.at[row].get(mode="fill", fill_value=None)
-
-
-def _with_row(a: Array, row: Array | None, new: Array) -> Array:
-    """What is stored, with `new` for one domain; nothing is written for one out of range."""
-    return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")
 
 
 def _leading(a: Array | None, like: Array) -> Array | None:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Inexact, Int, Shaped
 
 from flaxbn.arithmetic.renorm import Schedule, paper_d_max, paper_r_max
 from flaxbn.layers.arguments import Mode, check_bounds, check_domains, feature_axes, options_of
-from flaxbn.layers.core import Stored, initial_steps, run_layer, stored_dtype
+from flaxbn.layers.core import run_layer
 from flaxbn.layers.names import layer_label
+from flaxbn.layers.running_average import Stored, initial_steps, stored_dtype
 
 
 class BatchNorm(nn.Module):

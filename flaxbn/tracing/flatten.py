@@ -59,6 +59,7 @@ def _run(program: Program, args: Sequence[Any], calls: list[str]) -> list[Any]:
 
 
 def _run_inside(program: Program, eqn: Any, values: list[Any], calls: list[str]) -> list[Any]:
+    """An equation with taps inside, opened: the branch that is taken, each step of a loop, or all that it encloses."""
     kind = kind_of(eqn)
     inner = program.inner(eqn)
     if kind == "scan":
@@ -77,11 +78,13 @@ def _run_inside(program: Program, eqn: Any, values: list[Any], calls: list[str])
 
 
 def _run_scan(eqn: Any, inner: Program, values: list[Any], calls: list[str]) -> list[Any]:
+    """A loop, unrolled; its outputs are stacked as it would stack them."""
     carry, ys = run_steps(eqn, inner, values, _element, lambda values: _run(inner, values, calls))
     return [*carry, *map(jnp.stack, zip(*ys))]
 
 
 def _element(x: Any, i: int) -> Any:
+    """What step `i` takes of a scanned operand: a constant, if that is one, which may decide a `cond`."""
     if isinstance(x, jax.core.Tracer):
         return jax.lax.index_in_dim(x, i, keepdims=False)
     with jax.ensure_compile_time_eval():
@@ -89,6 +92,7 @@ def _element(x: Any, i: int) -> Any:
 
 
 def _count(layer: str, calls: list[str]) -> None:
+    """Adds a call of a layer; too many are an error that says of which layer."""
     calls.append(layer)
     if len(calls) > _MOST_CALLS:
         raise ValueError(

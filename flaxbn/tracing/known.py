@@ -57,7 +57,7 @@ def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list
 
 
 def _read_inside(program: Program, eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The outputs of an equation with taps inside, and the means that reach them."""
+    """The outputs of an equation with taps inside, and the means that reach these."""
     programs = program.inner(eqn)
     kind = kind_of(eqn)
     if kind == "cond":
@@ -68,6 +68,7 @@ def _read_inside(program: Program, eqn: Any, values: list[Any]) -> tuple[list[An
 
 
 def _read_cond(programs: list[Program], values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """All branches, one after the other, as records of a `cond` are; what decides between them need not be known."""
     _, *operands = values
     outputs, means = zip(*(read_by_taps(p, operands) for p in programs))
     return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(means)]
@@ -81,6 +82,8 @@ def _agreed(values: Sequence[Any]) -> Any:
 
 
 def _read_scan(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Each step for itself, since each may read entries of its own, of which some may be unknown."""
+
     def run(values: list[Any]) -> list[Any]:
         outputs, means = read_by_taps(program, values)
         return [*outputs, *means]

@@ -28,7 +28,7 @@ class Tap(NamedTuple):
         mean, var: the statistics that it reads.
         weights: the layer's mask as float weights of the rank of `x`, or None.
         domain: the domain number of all of `x`, or of each example along its leading axis, or None.
-        axes: the axes of `x` over which it reduces.
+        axes: the axes of `x` over which it reduces, counted without its lanes.
         lanes: how many leading axes of all fields are lanes of vmap with statistics of their own, in a layer with
             domains; other layers have them among the channels.
         axis_name, axis_index_groups: the mapped axis outside of the program over which the layer synchronizes.

@@ -33,7 +33,7 @@ class Program:
         self._inner: dict[int, Program] = {}
 
     def tap_inputs(self) -> list[Any]:
-        """The abstract input of each tap, in the order of the program."""
+        """The shape and dtype of the input of each tap, in the order of the program."""
         return [e.invars[0].aval for e in tap_equations(self.jaxpr)]
 
     def layer_names(self) -> list[str]:
@@ -68,6 +68,7 @@ class Program:
         return interpret(self.jaxpr, self.consts, args, step, self.pieces), records
 
     def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+        """The outputs of a tap, or of an equation with taps inside, and their records."""
         if eqn.primitive is tap_p:
             mean, var, record = on_tap(as_tap(eqn.params, values, site))
             return [_of_type(a, v.aval) for a, v in zip((mean, var), eqn.outvars)], [record]
@@ -85,7 +86,7 @@ class Program:
         return outputs, records
 
     def inner(self, eqn: Any) -> list["Program"]:
-        """The programs inside an equation: one, or the branches of a `cond`."""
+        """The programs inside an equation: one, or the branches of a `cond`; each is taken into pieces once."""
         jaxprs = subjaxprs(eqn)
         for jaxpr in jaxprs:
             if id(jaxpr) not in self._inner:
@@ -94,7 +95,10 @@ class Program:
 
 
 def _of_type(a: Any, aval: Any) -> Array:
-    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over."""
+    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over.
+
+    A reader may return float64 or what all devices share; the equations that follow were traced for one type.
+    """
     missing = tuple(sorted(_varying(aval) - _varying(jax.typeof(a))))
     a = a.astype(aval.dtype)
     return jax.lax.pcast(a, missing, to="varying") if missing else a
@@ -114,6 +118,11 @@ class _Plain(NamedTuple):
 
 
 def _pieces(jaxpr: Any) -> Iterator[Any]:
+    """The plain runs of equations and the equations with taps, in order.
+
+    A run hands on only what is read after it. One function for each run keeps the interpreter's own work to a few steps
+    a layer, and lets XLA fuse across its equations.
+    """
     last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if is_variable(v)}
     last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_variable(v)}
     tapped = [i for i, e in enumerate(jaxpr.eqns) if has_tap(e)]
@@ -131,6 +140,10 @@ def _pieces(jaxpr: Any) -> Iterator[Any]:
 
 
 def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A `cond` whose branches return the records of all of them, those of the others being zeros.
+
+    Branches must return the same types whichever is taken; a count of 0 is what Moments of no values have.
+    """
     index, *operands = values
     sites = [site + sum(len(p.layer_names()) for p in programs[:i]) for i in range(len(programs))]
 
@@ -149,6 +162,7 @@ def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: i
 
 
 def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A scan that stays one, and stacks the records of its steps like its other outputs."""
     consts, carry, xs = scan_operands(eqn, program, values)
 
     def body(carry: list[Any], xs: list[Any]) -> Any:
@@ -202,6 +216,8 @@ def run_steps(
 
 
 def _run_remat(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A checkpoint that stays one, so that a gradient taken of the interpreted program saves memory as before."""
+
     def run(*values: Any) -> tuple[list[Any], list[Any]]:
         return program.run(values, on_tap, site)
 
@@ -242,7 +258,14 @@ _KINDS = {
 
 
 def kind_of(eqn: Any) -> str:
-    """How to run an equation with taps inside: "inline", "remat", "custom", "scan" or "cond"; others are errors."""
+    """How to run an equation with taps inside.
+
+    Returns:
+        "inline": its program stands for it; "remat" and "custom", which matter to gradients; "scan"; or "cond".
+
+    Raises:
+        ValueError: if it is none of these, a `while` loop for example, which keeps no record of its steps.
+    """
     name = eqn.primitive.name
     if name not in _KINDS:
         inside = next(e for j in subjaxprs(eqn) for e in tap_equations(opened(j)))
