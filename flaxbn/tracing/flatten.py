@@ -41,7 +41,7 @@ def unroll(program: Program, args: Sequence[Any]) -> Program:
 
 
 def _run(program: Program, args: Sequence[Any], calls: list[str]) -> list[Any]:
-    """Traces the program once more, opened; `calls` collects the layers."""
+    """Runs the program under a trace, which so records it without what encloses taps; `calls` collects the layers."""
     debug_info = program.jaxpr.debug_info
 
     def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
@@ -102,6 +102,9 @@ def _count(layer: str, calls: list[str]) -> None:
 
 
 def _is_known(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether an equation is a small computation on constants, one that a `cond` could be decided by."""
+    """Whether an equation is a small computation on constants, one that a `cond` could be decided by.
+
+    Computed while tracing, its results stay constants for the equations after it.
+    """
     small = sum(v.aval.size for v in eqn.outvars) <= _MOST_KNOWN
     return small and not eqn.effects and not any(isinstance(v, jax.core.Tracer) for v in values)

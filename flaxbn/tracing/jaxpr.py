@@ -67,7 +67,7 @@ def evaluate(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
 
 
 def subjaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs among the parameters of an equation."""
+    """The jaxprs among the parameters of an equation, whatever these are called."""
     values = (v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,)))
     return [v for v in values if hasattr(opened(v), "eqns")]
 
@@ -107,7 +107,10 @@ def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]
 
 
 def as_key(value: Any) -> Hashable:
-    """A parameter of an equation by value where it can be, and by identity where it cannot."""
+    """A parameter of an equation by value where it can be, and by identity where it cannot.
+
+    Numbers count by what they print as, with their type: 0.0 and -0.0 are equal, and make different programs.
+    """
     jaxpr = opened(value)
     if hasattr(jaxpr, "eqns"):
         consts = tuple(map(id, getattr(value, "consts", ())))

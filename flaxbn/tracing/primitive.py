@@ -5,6 +5,10 @@
 It passes through whatever jax does to a model before readers see it. Under vmap its batching rule keeps track of what
 lies where: an axis of lanes either has statistics of its own or is reduced like any other. Differentiated it is an
 error, since a gradient taken before statistics are chosen would be that of other statistics.
+
+Its operands are `x`, `mean`, `var`, then the layer's weights where `has_weights` says so, and its domain where
+`has_domain` does. Its other parameters are fields of `Tap`, and `channel_rank`: how many trailing axes of the
+statistics are channels of the layer itself, whatever vmap puts in front of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -89,7 +93,7 @@ def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
 
 
 def _tap_value(x: Array, mean: Array, var: Array, *others: Array, **params: Any) -> list[Array]:
-    """The stored statistics, in the dtype that the statistics of `x` have."""
+    """The stored statistics, in the dtype that the statistics of `x` have: what runs where no reader decides."""
     del others, params
     return [jnp.asarray(a, dtype) for a, dtype in zip((mean, var), _statistics_dtypes(x, mean))]
 
@@ -106,11 +110,13 @@ def _tap_shapes(x: Any, mean: Any, var: Any, *others: Any, **params: Any) -> lis
 
 
 def _statistics_dtypes(x: Any, mean: Any) -> tuple[Any, Any]:
+    """Of mean and variance: wide enough for what is measured in `x` and for what is stored; variances are real."""
     dtype = jnp.promote_types(widen(x.dtype), mean.dtype)
     return dtype, jnp.finfo(dtype).dtype
 
 
 def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    """Refuses: what depends on statistics that are not chosen yet has no derivative yet."""
     del primals, tangents
     raise NotImplementedError(
         f"{params['layer']}: `call` must not differentiate the model, since statistics are chosen after it is traced. "
@@ -141,10 +147,10 @@ def _batch_own(args: Sequence[Array], dims: Sequence[int | None], size: int, par
 
 
 def _batch_shared(args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]) -> Any:
-    """Lanes that share statistics lie behind those that do not: as an axis to reduce, or among the examples.
+    """Lanes that share statistics are positions, behind lanes that do not: more examples, or one more axis to reduce.
 
-    A domain number for each example asks for the latter. A number for the whole input may vary by lane, and is then one
-    for each index of the new axis, which leads.
+    They are examples where each example has a domain number, which only the leading axis may have. A number for the
+    whole input may vary by lane: then the new axis, which leads, becomes that of examples.
     """
     x, mean, var, *others = args
     x_dim, _, _, *other_dims = dims
@@ -165,10 +171,12 @@ def _batch_shared(args: Sequence[Array], dims: Sequence[int | None], size: int, 
 
 
 def _rank(a: Array, dim: int | None) -> int:
+    """The rank of an operand as the layer sees it, within a lane."""
     return a.ndim - (dim is not None)
 
 
 def _moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The same axes, behind a new one."""
     return tuple(axis + 1 for axis in axes)
 
 

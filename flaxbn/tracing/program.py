@@ -110,7 +110,7 @@ def _varying(aval: Any) -> frozenset[Any]:
 
 
 class _Plain(NamedTuple):
-    """A run of equations without taps, as one function."""
+    """A run of equations without taps, as one function; to `interpret` it is a piece like an equation."""
 
     function: Callable[..., Any]
     invars: list[Any]
@@ -278,7 +278,7 @@ def kind_of(eqn: Any) -> str:
 
 
 def tap_equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of the primitive, in order, wherever they lie."""
+    """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is tap_p:
             yield eqn
