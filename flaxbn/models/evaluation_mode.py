@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, evaluate, layer_label, observing, running_function
+from flaxbn.layers.names import layer_label
+from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, evaluate, observing, running_function
 
 
 def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
-from flaxbn.layers.names import layer_name
+from flaxbn.layers.names import layer_label
 from flaxbn.tracing.primitive import is_bound, tap_p
 from flaxbn.tracing.program import Program
 
@@ -96,11 +96,6 @@ def is_array(leaf: Any) -> bool:
 def running_function(context: nn.module.InterceptorContext) -> Any:
     """The function that runs in an intercepted call, by which a layer is known: its class may be a subclass."""
     return inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
-
-
-def layer_label(layer: nn.Module) -> str:
-    """The class and path of a layer, for messages."""
-    return f"{type(layer).__name__} '{layer_name(layer.path)}'"
 
 
 def _interceptor() -> Callable[..., Any]:

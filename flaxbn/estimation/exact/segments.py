@@ -20,7 +20,7 @@ from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.flatten import unroll
-from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, structure, work
+from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, operations, structure
 from flaxbn.tracing.primitive import as_tap, tap_p
 
 Values = dict[Any, Any]
@@ -95,7 +95,7 @@ class Segment:
         before, after = whole.live[call], whole.live[call + 1]
         operands = [tap.invars[0], *tap.invars[3:]]
         own = {v for i in stage for v in eqns[i].outvars}
-        self.work = sum(work(eqns[i]) for i in stage)
+        self.work = sum(operations(eqns[i]) for i in stage)
         self.dead = before.keys() - after.keys()
         self._made = [v for v in after if v in own]
         needed = _closure([*operands, *self._made], before, eqns, made_by)
