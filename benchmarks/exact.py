@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import population
+import tables
 
 import flaxbn
 
@@ -204,12 +205,6 @@ def benchmark(case: dict[str, Any], rounds: int, cold_rounds: int) -> tuple[dict
     return facts["machine"], rows
 
 
-def memory_table(rows: list[dict[str, Any]]) -> str:
-    rule = ["---"] * len(LABELS) + ["--:"] * (len(MEMORY) - len(LABELS))
-    lines = [MEMORY, rule, *([str(row[name]) for name in MEMORY] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="rounds of warm calls, 2 or more")
@@ -230,7 +225,8 @@ def main() -> None:
             case = {"model": model, "samples": arguments.images, "batch_size": batch_size}
             machine, found = benchmark(case, arguments.rounds, arguments.cold_rounds)
             rows += found
-    markdown = f"{harness.table(rows, TIMES)}\n\nPeak memory, MiB:\n\n{memory_table(rows)}"
+    memory = tables.markdown(MEMORY, ([row[name] for name in MEMORY] for row in rows), len(LABELS))
+    markdown = f"{harness.table(rows, TIMES)}\n\nPeak memory, MiB:\n\n{memory}"
     print(markdown)
     if not arguments.no_save:
         report = {"machine": machine, "rounds": arguments.rounds, "cold_rounds": arguments.cold_rounds, "rows": rows}

@@ -28,11 +28,13 @@ import pathlib
 from typing import Any, NamedTuple
 
 import data
+import figures
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import results
+import tables
 import training
 import tyro
 from domain_results import mean_and_spread
@@ -195,14 +197,13 @@ def summarize(lines: list[dict[str, Any]], references: list[dict[str, float]]) -
 
 def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -> str:
     """One row for each measure and method, one column for each batch size, in Markdown."""
-    rows = [["", "statistics", *sizes], ["---"] * 2 + ["---:"] * len(sizes)]
+    rows = []
     for measure, (title, form) in MEASURES.items():
         for method, (label, *_) in METHODS.items():
             cells = [tuple(tree[method][size][measure] for tree in (summary, summary["seed_spread"])) for size in sizes]
             rows.append([title, label, *(f"{mean:{form}} ± {spread:{form.lstrip('+z')}}" for mean, spread in cells)])
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    with results.replacing(path) as partial:
-        partial.write_text(text)
+    text = tables.markdown(["", "statistics", *sizes], rows, labels=2) + "\n"
+    results.write_text(path, text)
     return text
 
 
@@ -225,21 +226,16 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, i
         ax.minorticks_off()
         ax.set(xlabel="batch size of the estimation (examples)", ylabel=label)
         ax.set_title(panel, fontsize="medium")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.leave_open(ax)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
     fig.suptitle(title, fontsize="medium")
-    with results.replacing(path) as partial:
-        fig.savefig(partial, format="png", dpi=150)
+    figures.save(fig, path)
 
 
 def _draw_method(ax: Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
     label, marker, color = METHODS[method]
-    mean, spread = (
-        np.array([tree[method][size][measure] for size in sizes]) for tree in (summary, summary["seed_spread"])
-    )
-    ax.plot(sizes.values(), mean, f"{marker}-", label=label, color=color, markersize=4)
-    ax.fill_between(sizes.values(), mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    mean, spread = ([tree[method][size][measure] for size in sizes] for tree in (summary, summary["seed_spread"]))
+    figures.draw_band(ax, sizes.values(), mean, spread, label=label, color=color, marker=marker)
 
 
 def configure() -> Config:

@@ -111,7 +111,8 @@ def save(path: str | os.PathLike[str], exported: export.Exported, about: Mapping
             member = zipfile.ZipInfo(name)  # of no date: what is exported twice is the same file
             member.external_attr = 0o644 << 16
             members.writestr(member, content)
-    _replace(pathlib.Path(path), archive.getvalue())
+    with replacing(pathlib.Path(path)) as partial:
+        partial.write_bytes(archive.getvalue())
 
 
 def describe(exported: export.Exported) -> dict[str, Any]:
@@ -123,6 +124,19 @@ def describe(exported: export.Exported) -> dict[str, Any]:
         "inputs": _describe_arrays(batch),
         "outputs": _describe_arrays(outputs),
     }
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write a file to, which takes the place of `path` once it is complete, and goes where that fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def require_flatbuffers() -> None:
@@ -143,18 +157,6 @@ def _describe_arrays(tree: Any) -> dict[str, Any]:
         }
         for path, a in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _members(path: pathlib.Path) -> tuple[bytes, bytes]:

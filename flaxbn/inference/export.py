@@ -187,10 +187,11 @@ def _no_source_paths() -> Iterator[None]:
 
 def _versions() -> dict[str, str]:
     packages = ("flaxbn", "jax", "jaxlib", "flax")
-    return {**{name: _version(name) for name in packages}, "python": platform.python_version()}
+    return {**{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of a package as it is installed, or that it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
