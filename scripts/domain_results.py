@@ -116,6 +116,7 @@ def weighting_table(weighting: dict[str, Any], name: str) -> Table:
 
 
 def tested_with(outcome: dict[str, Any]) -> list[str]:
+    """The statistics that a variant was tested with, in the order of tables."""
     return [kind for kind in TESTS if kind in outcome["test_accuracy"]]
 
 
