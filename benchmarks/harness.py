@@ -52,6 +52,7 @@ def compare(times: dict[str, list[float]], ours: str) -> dict[str, Any]:
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
+    """A quarter, a half and three quarters of the values lie below these."""
     return statistics.quantiles(values, n=4, method="inclusive")
 
 

@@ -106,12 +106,14 @@ def timed(name: str, samples: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def run_in_child(devices: int, *arguments: str) -> dict[str, Any]:
+    """The report of this script with one number of devices."""
     environment = {**os.environ, "NPROC": str(16 * os.cpu_count())}
     command = [sys.executable, __file__, "--devices", str(devices), "--child", *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def main() -> None:
+    """Counts and times every model on every number of devices, and keeps the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--models", nargs="+", choices=population.MODELS, default=[*population.MODELS])
