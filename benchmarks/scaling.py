@@ -60,8 +60,8 @@ def compiled(name: str, batches: int, per_device: int, normalization_batch: str)
     asked = request(model, variables, sharding=sharding, normalization_batch=normalization_batch, **options)
     together = per_device if normalization_batch == "device" else size
     batch = jax.ShapeDtypeStruct((together, *shape), np.float32)
-    source = Pass(asked.setting, shapes_of(asked.variables, batch, asked.rngs, present=None))
-    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.setting.sharding))
+    source = Pass(asked.options, shapes_of(asked.variables, batch, asked.rngs, present=None))
+    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.options.sharding))
     return source.scan.lower(asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
 
 

@@ -18,9 +18,9 @@ from flaxbn.estimation.population import estimate_population_stats as estimate_p
 from flaxbn.estimation.population import population_moments as population_moments
 from flaxbn.estimation.population import to_batch_stats as to_batch_stats
 from flaxbn.estimation.replicas import merge_replicas as merge_replicas
-from flaxbn.inference.artifact import Inference as Inference
-from flaxbn.inference.artifact import load_inference as load_inference
 from flaxbn.inference.export import export_inference as export_inference
+from flaxbn.inference.load import Inference as Inference
+from flaxbn.inference.load import load_inference as load_inference
 from flaxbn.layers.linen import BatchNorm as BatchNorm
 from flaxbn.layers.linen import BatchRenorm as BatchRenorm
 from flaxbn.models.apply import apply as apply

@@ -34,7 +34,6 @@ import jax
 import numpy as np
 import optax
 import options
-import results
 import tables
 import training
 import tyro
@@ -45,6 +44,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import flaxbn
+from flaxbn.inference.artifact import replace_file
 
 TRAINING_EXAMPLES = 1152  # of 1249: a multiple of 128, so that every batch is full
 LAYERS = ((16, 1), (32, 2), (32, 2), (64, 1))
@@ -209,7 +209,7 @@ def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -
             cells = [tuple(tree[method][size][measure] for tree in (summary, summary["seed_spread"])) for size in sizes]
             rows.append([title, label, *(f"{mean:{form}} ± {spread:{form.lstrip('+z')}}" for mean, spread in cells)])
     text = tables.markdown(["", "statistics", *sizes], rows, labels=2) + "\n"
-    results.write_text(path, text)
+    replace_file(path, text.encode())
     return text
 
 

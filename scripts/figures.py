@@ -1,5 +1,6 @@
 """How figures are drawn and kept: a mean with its band, plain axes, a PNG file."""
 
+import io
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flaxbn.inference.artifact import replacing
+from flaxbn.inference.artifact import replace_file
 
 
 def draw_band(
@@ -28,5 +29,6 @@ def leave_open(ax: Axes) -> None:
 
 def save(fig: Figure, path: pathlib.Path) -> None:
     """Writes a PNG file, or none where that fails."""
-    with replacing(path) as partial:
-        fig.savefig(partial, format="png", dpi=150)
+    content = io.BytesIO()
+    fig.savefig(content, format="png", dpi=150)
+    replace_file(path, content.getvalue())

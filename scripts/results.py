@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from flaxbn.inference.artifact import replacing
-from flaxbn.inference.export import version
+from flaxbn.inference.artifact import replace_file
+from flaxbn.inference.export import installed_version
 
 PACKAGES = ("flaxbn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TRAINING, VALIDATION, TEST = "0.6", "#1f5fa8", "#c8501e"
@@ -127,7 +127,7 @@ def _summarize_mode(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) ->
 
 def versions() -> dict[str, str | int]:
     """The versions of Python and of the packages that decide the numbers, and the devices."""
-    found = {name: version(name) for name in PACKAGES}
+    found = {name: installed_version(name) for name in PACKAGES}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"python": platform.python_version(), **found, "devices": devices, "processes": jax.process_count()}
 
@@ -173,20 +173,14 @@ def _draw_curve(ax: Axes, outcome: dict[str, Any], key: str, *, label: str, colo
     figures.draw_band(ax, range(1, len(mean) + 1), mean, spread, label=label, color=color, size=3)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is never seen half written."""
-    with replacing(path) as partial:
-        partial.write_text(text)
-
-
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes indented JSON."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_lines(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Several processes, each with its own part of the data: what one of them found is told to all."""
+"""Several processes, each with its own part of the data: they fail together, and tell each other what they found."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,47 +9,46 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-NOTHING_ESTIMATED = (
+_NOTHING_ESTIMATED = (
     "All processes must reach the merge of their statistics: process {failed} of {count} raised an error, which its "
     "own log shows. Nothing was estimated."
 )
 
 
-def on_all(compute: Callable[[], T], message: str = NOTHING_ESTIMATED) -> T:
-    """What `compute` returns in this process. All must call it, the same number of times.
+def on_all(compute: Callable[[], T], message: str = _NOTHING_ESTIMATED) -> T:
+    """What `compute` returns on this process, once it has succeeded on all.
 
-    Where `compute` raises on some, it is raised there, and all others raise `message`, in which `{failed}` stands for
-    the numbers of those and `{count}` for how many processes there are.
+    All must call it, the same number of times. Where `compute` raises on some, it is raised there, and all others
+    raise an error that names them, instead of waiting for ever for what those will not send: `message`, with the
+    numbers of those for `{failed}` and that of all processes for `{count}`.
     """
     if jax.process_count() == 1:
         return compute()
-    error = None
     try:
-        value = jax.device_get(compute())
-    except Exception as raised:  # it is told to the others, then raised
-        error = raised
-    failed = np.flatnonzero(gather(np.asarray(error is not None)))
-    if error is not None:
-        raise error
-    if failed.size:
-        raise RuntimeError(message.format(failed=failed.tolist(), count=jax.process_count()))
+        value = compute()
+    except Exception:
+        _allgather(np.asarray(True))
+        raise
+    failed = _allgather(np.asarray(False))
+    if failed.any():
+        raise RuntimeError(message.format(failed=np.flatnonzero(failed).tolist(), count=jax.process_count()))
     return value
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, trees of numpy arrays of the same shapes, in the order of the processes."""
+    """The values of all processes, trees of arrays of the same shapes, in the order of the processes; as numpy."""
+    value = jax.device_get(value)
     if jax.process_count() == 1:
         return [value]
+    gathered = _allgather(value)
+    return [jax.tree.map(lambda a, i=i: a[i], gathered) for i in range(jax.process_count())]
+
+
+def _allgather(value: Any) -> Any:
     try:
-        gathered = multihost_utils.process_allgather(value)
+        return multihost_utils.process_allgather(value)
     except Exception as error:
         raise RuntimeError(
             f"Process {jax.process_index()} of {jax.process_count()} lost the others while statistics were merged: one "
             "of them has ended. Nothing was estimated; start all processes again."
         ) from error
-    return [jax.tree.map(lambda a, i=i: a[i], gathered) for i in range(jax.process_count())]
-
-
-def together(compute: Callable[[], Any]) -> list[Any]:
-    """What each process computes, a tree of numpy arrays of the same shapes, in the order of the processes."""
-    return gather(on_all(compute))

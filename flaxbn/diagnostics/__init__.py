@@ -1,4 +1,9 @@
-"""Looking at the statistics of a model, never touching them."""
+"""Looking at the statistics of a model, never touching them.
+
+`diagnose` names the trap that a model is in. What it looks at can also be had alone: `compare`, how far stored
+statistics lie from those of data; `batch_noise`, how far those of a batch do; `gap`, what that costs in loss. `table`
+and `figure` show them to people.
+"""
 
 from flaxbn.diagnostics.diagnosis import Diagnosis as Diagnosis
 from flaxbn.diagnostics.diagnosis import diagnose as diagnose

@@ -12,7 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracle import assert_same_statistics, merged
 
 import flaxbn
-from flaxbn.data import batches as data
+from flaxbn.data import placement
+from flaxbn.data.batches import abstract, strided_rows
+from flaxbn.estimation.chunks import room
 from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.precise import Pass, _shapes
@@ -466,7 +468,7 @@ def test_batches_made_on_devices_are_not_read_back(devices, sharded, size):
     for _ in range(2):  # the first compiles
         batch = made(X[:size])
         with jax.transfer_guard_device_to_host("disallow"):
-            placed, present = data.placed(batch, sharding)
+            placed, present = placement.placed(batch, sharding)
         waited = batch.is_ready()
         np.testing.assert_array_equal(np.asarray(placed)[:size], batch)
     assert not waited
@@ -499,11 +501,12 @@ def lowered(step, batches, normalization_batch, model=NET, variables=VARIABLES):
     sharding = flaxbn.data_sharding()
     options = {"sharding": sharding, "normalization_batch": normalization_batch}
     asked = request(model, variables, call=None, sample_weight=None, only=None, rngs=None, **options)
-    source = Pass(asked.setting, _shapes(asked, data.abstract(X, 24), None))
+    source = Pass(asked.options, _shapes(asked, abstract(X, 24), None))
     if step:
         args = (asked.variables, asked.rngs, jax.device_put(X[:24], sharding), None, 0)
-        return source.step.lower(source.zeros(*args), 0, *args).compile().as_text()
-    steps = data.laid_out(X, data.strided_rows(24 * batches, 24)[0], sharding)
+        buffer = room(jax.eval_shape(source.sharded_moments, *args), source.chunk)
+        return source.step.lower(buffer, 0, *args).compile().as_text()
+    steps = jax.device_put(X[strided_rows(24 * batches, 24)[0]], placement.by_step(sharding))
     return source.scan.lower(asked.variables, asked.rngs, steps, None, None, 0).compile().as_text()
 
 
@@ -534,7 +537,7 @@ def test_exact_calls_communicate_once_for_each_batch(devices):
     sharding = flaxbn.data_sharding()
     options = {"call": None, "sample_weight": None, "only": None, "rngs": None, "sharding": sharding}
     asked = request(NET, VARIABLES, normalization_batch="global", **options)
-    source = Segments(asked.setting, shapes_of(asked.variables, data.abstract(X, 24), asked.rngs, present=None))
+    source = Segments(asked.options, shapes_of(asked.variables, abstract(X, 24), asked.rngs, present=None))
     values, shared = {source.inputs[0]: jax.device_put(X[:24], sharding)}, source.shared(asked.variables)
     for segment in source.segments:
         given = [shared[v] for v in segment._shared]
