@@ -9,12 +9,18 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+_NOTHING_ESTIMATED = (
+    "All processes must reach the merge of their statistics: process {failed} of {count} raised an error, which its "
+    "own log shows. Nothing was estimated."
+)
 
-def on_all(compute: Callable[[], T]) -> T:
+
+def on_all(compute: Callable[[], T], message: str = _NOTHING_ESTIMATED) -> T:
     """What `compute` returns on this process, once it has succeeded on all.
 
     All must call it, the same number of times. Where `compute` raises on some, it is raised there, and all others
-    raise an error that names them, instead of waiting for ever for what those will not send.
+    raise an error that names them, instead of waiting for ever for what those will not send: `message`, with the
+    numbers of those for `{failed}` and that of all processes for `{count}`.
     """
     if jax.process_count() == 1:
         return compute()
@@ -25,10 +31,7 @@ def on_all(compute: Callable[[], T]) -> T:
         raise
     failed = _allgather(np.asarray(False))
     if failed.any():
-        raise RuntimeError(
-            f"All processes must reach the merge of their statistics: process {np.flatnonzero(failed).tolist()} of "
-            f"{jax.process_count()} raised an error, which its own log shows. Nothing was estimated."
-        )
+        raise RuntimeError(message.format(failed=np.flatnonzero(failed).tolist(), count=jax.process_count()))
     return value
 
 
