@@ -1,6 +1,18 @@
-"""Batch normalization for JAX without its traps."""
+"""Batch normalization for JAX without its traps.
 
-from flaxbn import diagnostics as diagnostics
+Layers that replace Flax's, statistics of the data before inference, and everything that tells whether they are right:
+
+    layer = flaxbn.BatchNorm(use_running_average=not train)
+    logits = flaxbn.apply(model, variables, batch, statistics="batch")
+    stats = flaxbn.estimate_population_stats(model, variables, images, batch_size=256)
+
+`flaxbn.domains` keeps statistics for each of several datasets, `flaxbn.diagnostics` tells which trap a model is in.
+What is named here and in these two is public, and stays where it is; the rooms behind it may be rearranged.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flaxbn import domains as domains
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import measure as measure
@@ -26,3 +38,24 @@ from flaxbn.layers.linen import BatchRenorm as BatchRenorm
 from flaxbn.models.apply import apply as apply
 from flaxbn.models.independence import BatchDependenceError as BatchDependenceError
 from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
+
+if TYPE_CHECKING:
+    from flaxbn import diagnostics as diagnostics
+    from flaxbn import linen as linen
+
+__version__ = "0.1.0"
+
+_LOADED_WHEN_ASKED_FOR = ("diagnostics", "linen")
+_PUBLIC = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("flaxbn.")]
+for _name in _PUBLIC:
+    globals()[_name].__module__ = "flaxbn"  # so they print and are pickled, whatever room they are in
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_WHEN_ASKED_FOR:
+        return importlib.import_module(f"flaxbn.{name}")
+    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, *_LOADED_WHEN_ASKED_FOR, "__version__", "domains"])

@@ -24,7 +24,7 @@ StatsByDomain = Mapping[str, Any]
 def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
     """The same statistics for each of `names`: the start of a training, or a new domain that begins as a copy.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from flaxbn import domains
         >>> batch_stats = {"norm": {"mean": np.zeros(4, "float32"), "var": np.ones(4, "float32")}}
@@ -52,7 +52,7 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
 def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> dict[str, Any]:
     """`variables` with the statistics of one domain, for `model.apply`.
 
-    Example:
+    Examples:
         >>> from flaxbn import domains
         >>> stats = {"photos": {"norm": "of photos"}, "sketches": {"norm": "of sketches"}}  # trees of arrays, really
         >>> domains.select({"params": "shared"}, stats, "sketches")
@@ -79,7 +79,7 @@ def estimate(
 ) -> dict[str, Any]:
     """The population statistics of each domain, from data of its own and the weights that all share.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, numpy as np
         >>> from flaxbn import domains
         >>> model = nn.BatchNorm(use_running_average=True)
@@ -109,7 +109,7 @@ def estimate(
 def pool(moments_by_domain: Mapping[str, Any]) -> Any:
     """The moments of all domains together, by the law of total variance, each domain weighted by its count.
 
-    Example:
+    Examples:
         >>> import flaxbn, numpy as np
         >>> from flaxbn import domains
         >>> photos, sketches = (flaxbn.Moments(np.float32(2), np.float32(mean), np.float32(1)) for mean in (2, 6))
@@ -128,7 +128,7 @@ def stack(stats_by_domain: StatsByDomain, names: Sequence[str], axis: int = 0) -
 
     With `replicate` it turns the statistics of a plain model into those of a model with domains.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from flaxbn import domains
         >>> batch_stats = {"norm": {"mean": np.zeros(4, "float32"), "var": np.ones(4, "float32")}}
@@ -149,7 +149,7 @@ def stack(stats_by_domain: StatsByDomain, names: Sequence[str], axis: int = 0) -
 def unstack(batch_stats: Any, names: Sequence[str], axis: int = 0) -> dict[str, Any]:
     """The inverse of `stack`: for each name, the `batch_stats` of the plain model.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from flaxbn import domains
         >>> stacked = {"norm": {"mean": np.float32([[0, 0], [5, 6]]), "var": np.ones((2, 2), "float32")}}

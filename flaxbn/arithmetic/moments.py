@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     All have one shape and are float32, or float64 if the values are; `mean` is complex where the values are. Where
     `count` is 0, so are `mean` and `var`: `Moments(0, 0, 0)` is the zero of `merge`.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> count, mean, var = flaxbn.measure(jnp.array([1.0, 3.0]), axes=[0])
         >>> float(count), float(mean), float(var)
@@ -80,7 +80,7 @@ def measure(
         ValueError: if `axes` lie outside the rank of `x`; if `weights` has another rank than `x` or an axis that is
             neither 1 nor that of `x`.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> x = jnp.array([[1.0, 10.0], [3.0, 10.0], [jnp.nan, jnp.nan]])
         >>> moments = flaxbn.measure(x, axes=[0], weights=jnp.array([[1.0], [1.0], [0.0]]))
@@ -169,7 +169,7 @@ def merge(*moments: Any) -> Any:
     Raises:
         ValueError: if there is nothing to merge, or the shapes differ.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> parts = [flaxbn.measure(jnp.array(values), axes=[0]) for values in ([0.0, 0.0, 0.0], [4.0])]
         >>> [float(field) for field in flaxbn.merge(*parts)]  # both parts have variance 0
@@ -213,7 +213,7 @@ def merge_across(
     Returns:
         The Moments of all values, the same on all members.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax, jax.numpy as jnp
         >>> def mean(x):
         ...     return flaxbn.merge_across(flaxbn.measure(x, axes=[0]), "devices").mean

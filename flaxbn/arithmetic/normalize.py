@@ -40,7 +40,7 @@ def normalize(
     Returns:
         An array of the shape of `x`, float32 or wider: the caller casts.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> x = jnp.array([1e4 - 1, 1e4 + 1])
         >>> mean, var = jnp.array([1e4]), jnp.array([1.0])
@@ -66,7 +66,7 @@ def ema(old: Array, new: Array, momentum: float) -> Array:
         new: the statistics of this batch, of the shape of `old`.
         momentum: in [0, 1].
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> flaxbn.ema(jnp.array([0.0, 1.0]), jnp.array([8.0, 1.0]), momentum=0.75).tolist()
         [2.0, 1.0]

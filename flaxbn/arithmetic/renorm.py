@@ -59,7 +59,7 @@ def correction(
     Returns:
         `(r, d)`, of the shape of the statistics.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax.numpy as jnp
         >>> batch = flaxbn.Moments(jnp.array([32.0]), jnp.array([3.0]), jnp.array([4.0]))
         >>> running = flaxbn.Moments(jnp.array([1e4]), jnp.array([0.0]), jnp.array([1.0]))
@@ -96,7 +96,7 @@ def paper_r_max(step: ArrayLike) -> Array:
 
     It is a `Schedule` itself, and no maker of one: two layers with it compare equal, and compile once.
 
-    Example:
+    Examples:
         >>> import flaxbn
         >>> [round(float(flaxbn.paper_r_max(step)), 3) for step in (0, 5_000, 22_500, 40_000, 10**6)]
         [1.0, 1.0, 2.0, 3.0, 3.0]
@@ -109,7 +109,7 @@ def paper_d_max(step: ArrayLike) -> Array:
 
     While it is 0 and `paper_r_max` is 1, batch renormalization is batch normalization.
 
-    Example:
+    Examples:
         >>> import flaxbn
         >>> [round(float(flaxbn.paper_d_max(step)), 3) for step in (0, 5_000, 9_000, 25_000, 10**6)]
         [0.0, 0.0, 1.0, 5.0, 5.0]

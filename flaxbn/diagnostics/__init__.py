@@ -19,3 +19,7 @@ from flaxbn.diagnostics.report import figure as figure
 from flaxbn.diagnostics.report import table as table
 from flaxbn.models.rows import Row as Row
 from flaxbn.models.rows import rows_of as rows_of
+
+for _value in list(globals().values()):
+    if getattr(_value, "__module__", "").startswith("flaxbn."):
+        _value.__module__ = "flaxbn.diagnostics"

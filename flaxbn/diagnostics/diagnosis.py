@@ -29,7 +29,7 @@ RULES = (not_finite_loss, never_estimated, mixed_domains, lagging_average, alike
 class Diagnosis:
     """What `diagnose` found; printed, it is the findings in words.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> print(diagnostics.Diagnosis(findings=()))
         Nothing is wrong with batch normalization.
@@ -100,7 +100,7 @@ are too few to say that their order did it |
     Layers of `BatchRenorm` are never found to have such batches: they put out what the running average makes of their
     input.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, numpy as np
         >>> from flaxbn import diagnostics
         >>> model = nn.BatchNorm(use_running_average=True)

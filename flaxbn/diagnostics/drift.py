@@ -21,7 +21,7 @@ SIGNIFICANT = 3.0
 class Channels:
     """A quantity of every channel of a layer, not negative, by a few of its values.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> shift = diagnostics.Channels(median=0.1, p95=0.4, worst=2.0)
         >>> shift.worst / shift.median
@@ -42,7 +42,7 @@ class Channels:
 class Drift:
     """How the stored statistics of one layer differ from the population's.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> same = diagnostics.Channels(0.3, 0.3, 0.3)
         >>> drift = diagnostics.Drift(
@@ -110,7 +110,7 @@ def compare(
 ) -> tuple[Drift, ...]:
     """Stored statistics against those of data, a record for each layer.
 
-    Example:
+    Examples:
         >>> import flaxbn, numpy as np
         >>> from flaxbn import diagnostics
         >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}

@@ -10,7 +10,7 @@ HARMLESS_SHARE = 1e-3
 class Finding:
     """A trap that a model is in, the number that shows it, and the cure; printed, a sentence of these.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> print(diagnostics.Finding("lagging average", "norm", 0.09, 0.001, "the mean is off.", "Estimate it."))
         lagging average: norm: the mean is off. Estimate it.

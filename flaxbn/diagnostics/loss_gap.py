@@ -19,7 +19,7 @@ from flaxbn.models.linen import Call
 class Gap:
     """Mean losses on the training data by two kinds of statistics, and on the validation data.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> loss = diagnostics.Gap(batch=0.5, stored=0.75, error=0.01, validation=1.5, samples=1000)
         >>> loss.normalization, loss.rest
@@ -69,7 +69,7 @@ def gap(
 
     All are losses of the model in evaluation mode, with the same weights: dropout is off, nothing is augmented.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, numpy as np
         >>> from flaxbn import diagnostics
         >>> model = nn.BatchNorm(use_running_average=True)

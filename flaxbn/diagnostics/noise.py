@@ -22,7 +22,7 @@ from flaxbn.models.rows import RowsByLayer, rows_of, seen_rows
 class BatchNoise:
     """The noise that batches of one size bring to one layer.
 
-    Example:
+    Examples:
         >>> from flaxbn import diagnostics
         >>> noise = diagnostics.BatchNoise(
         ...     "norm", batch_size=16, mean=0.25, var=0.5, enough=400, typical_share=0.125, batches=64
@@ -79,7 +79,7 @@ def batch_noise(
     Batches that are sorted, by class say, stray further: give the samples in the order of training, in which
     consecutive samples make a batch.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, numpy as np
         >>> from flaxbn import diagnostics
         >>> model = nn.BatchNorm(use_running_average=True)

@@ -29,7 +29,7 @@ def table(found: Diagnosis | Sequence[Drift], *, file: TextIO | None = None) -> 
     the distance with the standard error of its estimate, marked by `*` where it is more than three of these, and that
     of the worst channel; and where there is a diagnosis the noise of a batch, which a drift exceeds to be a finding.
 
-    Example:
+    Examples:
         >>> import flaxbn, numpy as np
         >>> from flaxbn import diagnostics
         >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}
@@ -72,7 +72,7 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
     three standard errors of the estimate, below which nothing is known; in orange the noise of a batch, if there is a
     diagnosis: what lies to its left has been harmless in training.
 
-    Example:
+    Examples:
         >>> import flaxbn, numpy as np
         >>> from flaxbn import diagnostics
         >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}

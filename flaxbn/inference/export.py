@@ -53,7 +53,7 @@ def export_inference(
 
     The same model, written twice by the same versions, gives the same bytes. No source paths are in them.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model, x = nn.Dense(2), np.float32([[1, 2, 3], [4, 5, 6]])

@@ -17,7 +17,7 @@ from flaxbn.inference.artifact import METADATA, MODULE, describe, read, require_
 class Inference:
     """A model that was read from an artifact: `inference(batch)` gives the predictions.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model, x = nn.Dense(2), np.float32([[1, 2, 3], [4, 5, 6]])
@@ -60,7 +60,7 @@ class Inference:
 def load_inference(path: str | os.PathLike[str]) -> Inference:
     """Reads and validates an artifact of `flaxbn.export_inference`. Nothing in it is unpickled.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model, x = nn.Dense(2), np.float32([[1, 2, 3], [4, 5, 6]])

@@ -57,7 +57,7 @@ class BatchNorm(nn.Module):
             call takes `domain`. For training and inference on several datasets with shared weights.
         domain_affine: keep a `scale` and a `bias` for each domain, too.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax, jax.numpy as jnp
         >>> layer = flaxbn.BatchNorm(momentum=0.5)
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -172,7 +172,7 @@ class BatchRenorm(BatchNorm):
         r_max: the bound of `r`: a number of at least 1, or a schedule: a function of `steps`, such as those of optax.
         d_max: the bound of `|d|`: a number of at least 0, or a schedule likewise.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax, jax.numpy as jnp
         >>> layer = flaxbn.BatchRenorm(r_max=3.0, d_max=5.0)
         >>> x = jnp.array([[0.5], [1.5]])

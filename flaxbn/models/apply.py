@@ -29,7 +29,7 @@ def apply(
     nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
     `jax.grad` and `jax.vmap`.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model = nn.BatchNorm(use_running_average=True)
         >>> x = np.float32([[1.0], [3.0]])

@@ -26,7 +26,7 @@ _UNITS = 4
 class BatchDependenceError(ValueError):
     """What is computed for an example changes with the others of its batch.
 
-    Example:
+    Examples:
         >>> import flaxbn
         >>> issubclass(flaxbn.BatchDependenceError, ValueError)
         True
@@ -46,7 +46,7 @@ def assert_batch_independent(
     unlike examples. Then each array that `call` returns with the examples along its leading axis must have the same
     rows, within 1e-3 of its root mean square.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model, x = nn.Dense(2), np.float32([[1.0], [2.0], [4.0]])
         >>> variables = model.init(jax.random.key(0), x)

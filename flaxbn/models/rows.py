@@ -20,7 +20,7 @@ from flaxbn.models.linen import Call, trace
 class Row:
     """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from flaxbn import diagnostics
         >>> row = diagnostics.Row(path=("block", "norm"), label="1", channels=np.array([2, 3]))
@@ -59,7 +59,7 @@ def rows_of(
     The shape of what is stored does not tell: (3, 4) may be three domains, four steps of a scan whose statistics are
     stacked along axis 1, or a layer with `axis=(1, 2)`, whose twelve channels are one row.
 
-    Example:
+    Examples:
         >>> import flaxbn, jax, numpy as np
         >>> from flaxbn import diagnostics
         >>> norm = flaxbn.BatchNorm(use_running_average=True, num_domains=2)
