@@ -47,13 +47,21 @@ def to_auto(tree: Any) -> Any:
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays on the mesh of `sharding`: split as they are if they lie on its devices already, else whole on each."""
 
-    def spec(leaf: jax.Array) -> PartitionSpec:
-        own = leaf.sharding
+    def spec(leaf: Any) -> PartitionSpec:
+        own = getattr(leaf, "sharding", None)
         if not isinstance(own, NamedSharding) or own.mesh.axis_names != sharding.mesh.axis_names:
             return PartitionSpec()
         return own.spec if np.array_equal(own.mesh.devices, sharding.mesh.devices) else PartitionSpec()
 
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), tree)
+    return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(sharding.mesh, spec(leaf)), tree))
+
+
+def on_device(tree: Any) -> Any:
+    """A tree of arrays as jax arrays: those that are none go to the default device, all in one transfer."""
+    leaves, structure = jax.tree.flatten(tree)
+    missing = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    put = dict(zip(missing, jax.device_put([np.asarray(leaves[i]) for i in missing])))
+    return jax.tree.unflatten(structure, [put.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:

@@ -24,12 +24,14 @@ class LayerCalls(NamedTuple):
     Attributes:
         program: the traced evaluation; its arguments are the leaves of (variables, batch, rngs).
         entries: for each such tap, by its site, the numbers of the stored entries that it reads.
+        is_complex: for each of them, whether its input is complex, and its mean so, too.
         batch_axes: the axis of the tap's input along which the samples lie, where weights are in use.
         present: how many samples are no padding, where there is padding.
     """
 
     program: Program
     entries: dict[int, np.ndarray]
+    is_complex: list[bool]
     batch_axes: dict[int, int]
     present: int | None
 
@@ -69,7 +71,9 @@ def find_calls(
     if shapes.present is not None or options.sample_weight is not None:
         longer = traced(shapes.abstract(grow=1))
         axes = {i: _batch_axis(program, longer, i, count_samples(batch)) for i in found}
-    return LayerCalls(program, found, axes, shapes.present)
+    inputs = program.tap_inputs()
+    is_complex = [bool(jnp.issubdtype(inputs[site].dtype, jnp.complexfloating)) for site in found]
+    return LayerCalls(program, found, is_complex, axes, shapes.present)
 
 
 def sample_weights(options: PassOptions, batch: Any, present: Any) -> Array | None:

@@ -1,5 +1,6 @@
 """What a pass over data ends with: merged moments, and where they are not finite."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +16,28 @@ from flaxbn.models.batch_stats import Path, StoredLayers, as_tree, collect, name
 
 
 class Result(NamedTuple):
-    """The merged moments of a chunk of batches, on the device.
+    """The merged moments of a chunk of batches, in host memory.
 
     Attributes:
-        entries: for each tap the numbers of the stored entries that it reads; the same list in results of one program.
+        entries: for each call the numbers of the stored entries that it reads; the same list in results of one program.
         steps: the numbers of the batches.
-        moments: for each tap those of all these batches.
-        first_bad: for each tap the first place in `steps` whose moments are not finite, or -1.
+        moments: for each call those of all these batches.
+        first_bad: for each call the first place in `steps` whose moments are not finite, or -1.
     """
 
     entries: list[np.ndarray]
     steps: Sequence[int]
     moments: list[Moments]
-    first_bad: Array
+    first_bad: Sequence[int]
+
+
+class Pending(NamedTuple):
+    """The same on the device, where it may not be computed yet; `moments` and `first_bad` as `pack` packs them."""
+
+    entries: list[np.ndarray]
+    steps: Sequence[int]
+    packed: list[Array]
+    is_complex: list[bool]
 
 
 class NotFiniteError(ValueError):
@@ -52,9 +62,34 @@ def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
     return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
 
 
-def fetched(results: Sequence[Result]) -> list[Result]:
-    """The results in host memory."""
-    return [Result(*r[:2], *jax.device_get((r.moments, r.first_bad))) for r in results]
+def pack(moments: Sequence[Moments], first_bad: Any) -> list[Array]:
+    """All moments, and a number for each, as one array of real numbers, and if need be one of complex means.
+
+    Every array that leaves a device is a transfer of its own, and takes as long for one number as for thousands.
+    """
+    real = [field for m in moments for field in m if not jnp.iscomplexobj(field)]
+    complex_means = [m.mean for m in moments if jnp.iscomplexobj(m.mean)]
+    kinds = [[*real, jnp.asarray(first_bad, jnp.float32)], *([complex_means] if complex_means else [])]
+    return [jnp.concatenate([jnp.ravel(array) for array in kind]) for kind in kinds]
+
+
+def fetched(results: Sequence[Pending]) -> list[Result]:
+    """The results in host memory, by one transfer."""
+    packed = jax.device_get([result.packed for result in results])
+    return [_unpack(result, *arrays) for result, arrays in zip(results, packed)]
+
+
+def _unpack(result: Pending, real: np.ndarray, complex_means: np.ndarray | None = None) -> Result:
+    kinds, places = (real, complex_means), [0, 0]
+
+    def take(kind: int, shape: tuple[int, ...]) -> Any:
+        begin = places[kind]
+        places[kind] += math.prod(shape)
+        return kinds[kind][begin : places[kind]].reshape(shape)  # type: ignore[index]
+
+    shapes = [entries.shape for entries in result.entries]
+    moments = [Moments(take(0, s), take(int(c), s), take(0, s)) for s, c in zip(shapes, result.is_complex)]
+    return Result(result.entries, result.steps, moments, real[places[0] :].astype(int).tolist())
 
 
 def merged_by_layer(results: Sequence[Result], layers: StoredLayers) -> dict[Path, Moments]:

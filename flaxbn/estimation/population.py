@@ -187,28 +187,33 @@ def population_moments(
         return asked, open_batches(batches, batch_size, num_samples), before
 
     asked, data, before = on_all(prepare)
-
-    def run() -> list[Result]:
-        with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
-            if method == "exact":
-                return fetched([exact_pass(asked, data, memory_limit, check_independence=check_independence)])
-            return fetched(precise_pass(asked, data))
-
-    def local() -> tuple[list[Result], dict[Path, Moments]]:
-        found = run()
-        return found, merged_by_layer(found, asked.layers)
-
-    # Exact statistics are merged over processes on the way, layer by layer.
-    found, own = on_all(local) if method == "precise" else local()
-    parts = gather(own) if method == "precise" else [own]
-    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
-        raise ValueError("The data must hold at least one sample: no process saw any.")
-    if before:
-        parts.append({path: before.get(path, _nothing(m)) for path, m in parts[0].items()})
-    moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
+    with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+        if method == "exact":
+            found = [exact_pass(asked, data, memory_limit, check_independence=check_independence)]
+            moments = merged_by_layer(found, asked.layers)
+        else:
+            found, moments = _precise_moments(asked, data, before)
     tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
     warn_called_twice(found, asked.wanted)
     return tree
+
+
+def _precise_moments(
+    asked: Request, data: Arrays | Stream, before: dict[Path, Moments]
+) -> tuple[list[Result], dict[Path, Moments]]:
+    """What a precise pass found here, and the moments of each layer: of all processes, and of what was before."""
+
+    def here() -> tuple[list[Result], dict[Path, Moments]]:
+        found = fetched(precise_pass(asked, data))
+        return found, merged_by_layer(found, asked.layers)
+
+    found, own = on_all(here)
+    parts = gather(own)
+    if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
+        raise ValueError("The data must hold at least one sample: no process saw any.")
+    if before:
+        parts.append({path: before.get(path, _nothing(m)) for path, m in own.items()})
+    return found, jax.device_get(merge(*parts)) if len(parts) > 1 else own
 
 
 def _nothing(like: Moments) -> Moments:

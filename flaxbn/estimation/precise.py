@@ -1,7 +1,7 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from flaxbn.data.placement import by_step, padding, placed, shards, split_axes
 from flaxbn.estimation.calls import find_calls, sample_weights
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Compiled, PassOptions, Shapes, shapes_of
-from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merge_steps, merged_by_layer
+from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
 from flaxbn.estimation.request import Request, request
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.models.linen import Call
@@ -36,8 +36,7 @@ class Pass:
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
         scan: `(variables, rngs, batches, places, present, first)`: the merged moments of batches along a leading axis
-            or, where `places` (batches, size) are given, of these samples; and where the first ones lie that are not
-            finite, for each call.
+            or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
         step: `(buffer, slot, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's buffer.
         merge: merges such a buffer.
     """
@@ -50,6 +49,10 @@ class Pass:
         self.scan = jax.jit(self._scan)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.merge = jax.jit(self._merge)
+
+    def pending(self, steps: Sequence[int], packed: list[Array]) -> Pending:
+        """What `scan` or `merge` gives for batches of these numbers."""
+        return Pending(self.entries, steps, packed, self.calls.is_complex)
 
     def _moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
         weights = sample_weights(self.options, batch, present)
@@ -87,7 +90,7 @@ class Pass:
 
     def _scan(
         self, variables: Any, rngs: Any, batches: Any, rows: Array | None, present: Any, first: Any
-    ) -> tuple[list[Moments], Array]:
+    ) -> list[Array]:
         def step(k: Array, batch: Any) -> tuple[Array, list[Moments]]:
             if rows is not None:
                 batch = jax.tree.map(lambda a: jnp.take(a, batch, axis=0), batches)
@@ -102,20 +105,20 @@ class Pass:
         moments = self.sharded_moments(variables, rngs, batch, present, step)
         return put(buffer, slot, moments), step + 1
 
-    def _merge(self, steps: list[Moments]) -> tuple[list[Moments], Array]:
+    def _merge(self, steps: list[Moments]) -> list[Array]:
         if not self.options.by_device:
-            return merge_steps(steps)
+            return pack(*merge_steps(steps))
         moments, bad = jax.vmap(merge_steps, in_axes=1)(steps)
         first = jnp.min(jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad), 0)
-        return [merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first)
+        return pack([merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first))
 
 
-def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
+def precise_pass(asked: Request, data: Arrays | Stream) -> list[Pending]:
     """The moments of all batches, in chunks; nothing is read back from the device."""
     return _scan_arrays(asked, data) if isinstance(data, Arrays) else _run_stream(asked, data)
 
 
-def _scan_arrays(asked: Request, data: Arrays) -> list[Result]:
+def _scan_arrays(asked: Request, data: Arrays) -> list[Pending]:
     options, variables, rngs = asked[:3]
     arrays = data.on_device() if options.sharding is None else None
     passes = Compiled(Pass, options)
@@ -131,7 +134,7 @@ def _scan_arrays(asked: Request, data: Arrays) -> list[Result]:
             if options.sharding is not None:
                 given = jax.device_put(data.take(chunk), by_step(options.sharding)), None
             steps = range(first, first + len(chunk))
-            results.append(Result(compiled.entries, steps, *compiled.scan(variables, rngs, *given, present, first)))
+            results.append(compiled.pending(steps, compiled.scan(variables, rngs, *given, present, first)))
             first += len(chunk)
     return results
 
@@ -164,14 +167,14 @@ class _Chunk:
     def is_full(self) -> bool:
         return len(self.steps) == self.compiled.chunk
 
-    def merged(self) -> Result:
-        return Result(self.compiled.entries, self.steps, *self.compiled.merge(self._buffer))
+    def merged(self) -> Pending:
+        return self.compiled.pending(self.steps, self.compiled.merge(self._buffer))
 
 
-def _run_stream(asked: Request, data: Stream) -> list[Result]:
+def _run_stream(asked: Request, data: Stream) -> list[Pending]:
     options, variables, rngs = asked[:3]
     passes = Compiled(Pass, options)
-    results: list[Result] = []
+    results: list[Pending] = []
     chunks: dict[Pass, _Chunk] = {}
     ahead = Ahead(_AHEAD)
     for step, batch in enumerate(data):
@@ -204,5 +207,5 @@ def batch_moments(
     for step, batch in enumerate(batches):
         source = passes[shapes_of(asked.variables, abstract(batch), asked.rngs, present=None)]
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
-        found = Result(source.entries, [step], *source.scan(asked.variables, asked.rngs, one, None, None, step))
+        found = source.pending([step], source.scan(asked.variables, asked.rngs, one, None, None, step))
         yield checked_tree(merged_by_layer(fetched([found]), asked.layers), asked.wanted, keep_unseen=True)

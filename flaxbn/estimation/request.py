@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.data.placement import place, with_auto_axes
+from flaxbn.data.placement import on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import Key, PassOptions
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import check_concrete, check_model
@@ -64,7 +63,7 @@ def request(
         by_device=by_device,
         tracing=_tracing_options(),
     )
-    arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
+    arrays, keys = on_device((dict(variables), dict(rngs or {})))
     if jax.process_count() > 1:
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
     arrays = dict(with_wide_statistics(arrays))

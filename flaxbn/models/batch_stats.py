@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flaxbn.arithmetic.moments import Moments, is_moments, merge_segments, widen
+from flaxbn.arithmetic.host_moments import merge_numbered
+from flaxbn.arithmetic.moments import Moments, is_moments, widen
 from flaxbn.layers.names import layer_name, layer_path
 
 Path = tuple[str, ...]
 """The keys on the way to a layer in `batch_stats`; empty for a model that is a single layer."""
-
-_merge_segments = jax.jit(merge_segments, static_argnums=2)
 
 
 class StoredLayers(NamedTuple):
@@ -67,9 +65,10 @@ def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     layers = stored_layers(variables["batch_stats"])
 
     def wide(path: Any, leaf: Any) -> Any:
+        if leaf.dtype == np.float32:
+            return leaf
         names = dict_names(path)
-        is_statistic = names[:-1] in layers.entries and names[-1] in ("mean", "var")
-        return jnp.asarray(leaf, widen(leaf.dtype)) if is_statistic else leaf
+        return leaf.astype(widen(leaf.dtype)) if _is_statistic(names, layers.entries) else leaf
 
     return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(wide, variables["batch_stats"])}
 
@@ -82,10 +81,8 @@ def all_entries(layers: StoredLayers) -> np.ndarray:
 def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
     """The stored means and variances of all entries: entry n at place n - 1, in host memory."""
     leaves = named_leaves(batch_stats)
-    mean, var = (
-        np.concatenate([np.ravel(jax.device_get(leaves[(*path, name)])) for path in layers.entries])
-        for name in ("mean", "var")
-    )
+    values = jax.device_get([[leaves[(*path, name)] for path in layers.entries] for name in ("mean", "var")])
+    mean, var = (np.concatenate([np.ravel(a) for a in field]) for field in values)
     return mean, var
 
 
@@ -97,12 +94,12 @@ def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredL
         layers: where the numbers belong.
 
     Returns:
-        For each layer the moments of its channels; of count 0 where no call read them.
+        For each layer the moments of its channels, in float64; of count 0 where no call read them.
     """
     parts = list(contributions)
     entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
-    fields = [np.concatenate([np.zeros(0, np.float32), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3)]
-    merged = jax.device_get(_merge_segments(Moments(*map(jnp.asarray, fields)), entries, layers.total))
+    fields = (np.concatenate([np.zeros(0), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3))
+    merged = merge_numbered(Moments(*fields), entries, layers.total)  # type: ignore[arg-type]
     return {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
 
 
@@ -151,22 +148,34 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
     """
     found = by_path(moments)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    _check_places(found, named_leaves(batch_stats), keep_unseen)
+    places = [i for i, (path, _) in enumerate(leaves) if _is_statistic(dict_names(path), found)]
+    names = [dict_names(leaves[i][0]) for i in places]
+    old = [leaves[i][1] for i in places]
+    _check_places(found, dict(zip(names, old)), keep_unseen)
+    new = [_replaced(name, leaf, found[name[:-1]]) for name, leaf in zip(names, old)]
+    # One transfer for all: where a leaf was put on particular devices, there; the others to the default device.
+    new = jax.device_put(new, [leaf.sharding if getattr(leaf, "committed", False) else None for leaf in old])
+    replaced = dict(zip(places, new))
+    return jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
-    def replaced(path: Any, leaf: Any) -> Any:
-        names = dict_names(path)
-        if names[:-1] not in found or names[-1] not in ("mean", "var"):
-            return leaf
-        value, count = getattr(found[names[:-1]], names[-1]), found[names[:-1]].count
-        value = jnp.where(np.asarray(count) > 0, jnp.asarray(value).astype(leaf.dtype), leaf)
-        if not np.all(np.isfinite(np.asarray(value, np.complex128))):
-            raise ValueError(
-                f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
-                f"`batch_stats` stores them: its {names[-1]} overflows {leaf.dtype}. Store it in float32."
-            )
-        return jax.device_put(value, leaf.sharding) if getattr(leaf, "committed", False) else value
 
-    return jax.tree.unflatten(structure, [replaced(path, leaf) for path, leaf in leaves])
+def _is_statistic(names: Path, layers: Mapping[Path, Any]) -> bool:
+    return names[:-1] in layers and names[-1] in ("mean", "var")
+
+
+def _replaced(names: Path, old: Any, moments: Moments) -> np.ndarray:
+    """One leaf: the mean or the variance of `moments` where there is data, what is stored elsewhere."""
+    with np.errstate(over="ignore"):  # it is looked at below
+        value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
+    seen = np.asarray(moments.count) > 0
+    if not np.all(seen):
+        value = np.where(seen, value, old)
+    if not np.all(np.isfinite(value.astype(np.complex128))):
+        raise ValueError(
+            f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
+            f"`batch_stats` stores them: its {names[-1]} overflows {old.dtype}. Store it in float32."
+        )
+    return value
 
 
 def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream
@@ -37,7 +36,7 @@ def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, 
     kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else [True] * calls
     found = run(asked, batches, kept)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
-    result = Result(entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))
+    result = Result(entries, range(len(batches)), jax.device_get(found.moments), found.first_bad)
 
     def verify() -> None:
         check_finite([result], asked.layers)
