@@ -23,9 +23,9 @@ import flaxbn
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-data, domain_data, domain_results, results, train_domains, weighting = map(
+data, domain_data, domain_results, results, train_domains, training, weighting = map(
     importlib.import_module,
-    ("data", "domain_data", "domain_results", "results", "train_domains", "weighting"),
+    ("data", "domain_data", "domain_results", "results", "train_domains", "training", "weighting"),
 )
 
 NAMES = ["digits", "digits-blended"]
@@ -248,7 +248,7 @@ class TestBatches:
 
 def test_every_domain_is_tested_by_its_own_number():
     splits = [data.Split(np.zeros((5, 2, 2, 1), np.uint8), np.full(5, number)) for number in range(2)]
-    batches = train_domains.evaluation_batches(5, 4)
+    batches = training.evaluation_batches(5, 4)
     domains = {name: (split, batches) for name, split in zip("ab", splits)}
     assert train_domains.accuracies({}, domains, model=_DomainReader()) == {"a": 1, "b": 1}
 
