@@ -6,6 +6,7 @@ import pathlib
 import chex
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 NUM_DEVICES = 8
@@ -21,6 +22,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter():
     chex.clear_trace_counter()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers(request):
+    """What a test draws does not depend on which tests its process ran before."""
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(1)
 
 
 @pytest.fixture

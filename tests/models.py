@@ -34,6 +34,36 @@ class CallsOurSuper(flaxbn.BatchNorm):
         return 2 * super().__call__(x, use_running_average, **kwargs)
 
 
+class MLP(nn.Module):
+    """Dense layers with batch normalization, an activation and dropout behind each, and a Dense layer for `outputs`."""
+
+    features: tuple[int, ...] = (6, 5)
+    norm: object = nn.BatchNorm
+    momentum: float = 0.0
+    activation: object = staticmethod(nn.relu)
+    dropout: float = 0.0
+    outputs: int | None = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for features in self.features:
+            norm = self.norm(use_running_average=not train, momentum=self.momentum)
+            x = self.activation(norm(nn.Dense(features)(x)))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x if self.outputs is None else nn.Dense(self.outputs)(x)
+
+
+class OneLayer(nn.Module):
+    """A single layer, named, on data as they are."""
+
+    norm: object = nn.BatchNorm
+    momentum: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.norm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+
+
 def renorm(**kwargs):
     return flaxbn.BatchRenorm(r_max=1.0, d_max=0.0, **kwargs)
 
