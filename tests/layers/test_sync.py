@@ -177,7 +177,7 @@ def test_shard_map_proves_the_statistics_replicated():
     assert_update({k: stats[k][None] for k in ("mean", "var")}, union)
 
 
-class Net(nn.Module):
+class MaskedMLP(nn.Module):
     norm: type = BatchNorm
 
     @nn.compact
@@ -191,10 +191,10 @@ class Net(nn.Module):
 @pytest.mark.usefixtures("devices")
 def test_sharded_jit_equals_one_device_without_an_axis_name(norm):
     x, w = data(3.0).reshape(-1, C), weights().reshape(-1)
-    held = Net(norm).init(jax.random.key(0), x, w)
+    held = MaskedMLP(norm).init(jax.random.key(0), x, w)
 
     def loss(params, x, w):
-        y, new = Net(norm).apply({**held, "params": params}, x, w, mutable=["batch_stats"])
+        y, new = MaskedMLP(norm).apply({**held, "params": params}, x, w, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(y)), (y, new)
 
     step = jax.jit(jax.grad(loss, has_aux=True))

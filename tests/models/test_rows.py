@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from models import MaskedLayer
 
 import flaxbn
 from flaxbn import diagnostics
@@ -256,14 +257,14 @@ def test_a_domain_without_data_is_left_out_where_domains_are_not_the_first_axis(
 
 
 def test_layers_that_are_called_twice_or_shared_are_rows_once():
-    class Shared(nn.Module):
+    class CalledTwice(nn.Module):
         @nn.compact
         def __call__(self, x):
             norm = nn.BatchNorm(use_running_average=True, name="norm")
             return norm(norm(x))
 
-    variables = Shared().init(jax.random.key(0), X)
-    ((path, rows),) = diagnostics.rows_of(Shared(), variables, X).items()
+    variables = CalledTwice().init(jax.random.key(0), X)
+    ((path, rows),) = diagnostics.rows_of(CalledTwice(), variables, X).items()
     assert (path, [row.name for row in rows]) == (("norm",), ["norm"])
     np.testing.assert_array_equal(rows[0].channels, range(4))
 
@@ -281,24 +282,16 @@ def test_without_rows_the_last_axis_holds_channels():
     np.testing.assert_allclose(record.rms_shift, 1, rtol=1e-5)
 
 
-class Masked(nn.Module):
-    """A mask that hides single channels."""
-
-    @nn.compact
-    def __call__(self, batch):
-        return flaxbn.BatchNorm(use_running_average=True, name="norm")(batch["x"], mask=batch["mask"])
-
-
 def masked(hidden):
     """`diagnose`, channel `hidden[k]` being hidden in batch k; and the batches, as numpy masks them."""
     mask = np.ones((128, 4), bool)
     for k, channel in enumerate(hidden):
         mask[k * BATCH : (k + 1) * BATCH, channel] = False
     batch = {"x": X[:, 0], "mask": mask}
-    variables = jax.jit(Masked().init)(jax.random.key(0), batch)
+    variables = jax.jit(MaskedLayer().init)(jax.random.key(0), batch)
     exact = {"mean": np.full(4, 3, np.float32), "var": X[:, 0].var(0)}
     variables = {**variables, "batch_stats": {"norm": exact}}
-    found = diagnostics.diagnose(Masked(), variables, batch, losses, batch_size=BATCH, num_batches=8)
+    found = diagnostics.diagnose(MaskedLayer(), variables, batch, losses, batch_size=BATCH, num_batches=8)
     return found, np.ma.array(X[:, 0], np.float64, mask=~mask).reshape(8, BATCH, 4)
 
 

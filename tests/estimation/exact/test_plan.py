@@ -1,41 +1,20 @@
 """What exact statistics will cost, against bytes and operations counted by hand, and what is an error beforehand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from models import Block, Branches, InsideWhile, Loop
+from models import MLP, Block, Branches, Flattened, InsideWhile, Loop, Residual
 
 import flaxbn
 
 X = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
 
 
-class Chain(nn.Module):
-    """8 -> 4 -> 2 -> 3 features, a layer behind each."""
-
-    dtype: object = None
-
-    @nn.compact
-    def __call__(self, x):
-        for features in (4, 2, 3):
-            x = nn.Dense(features, dtype=self.dtype)(x)
-            x = nn.BatchNorm(use_running_average=True, dtype=self.dtype)(x)
-        return x
-
-
-class Residual(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
-        x = x + nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
-        return nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x))
-
-
-CHAIN = Chain()
+FEATURES = (4, 2, 3)
+CHAIN = MLP(FEATURES)
 VARIABLES = jax.jit(CHAIN.init)(jax.random.key(0), X)
 
 
@@ -74,7 +53,7 @@ def test_live_bytes_are_those_of_all_batches(batches):
 
 def test_half_precision_takes_half():
     x = X.astype(jnp.bfloat16)
-    assert live(plan(x, Chain(jnp.bfloat16), batch_size=5)) == [20 * 4 * 2, 20 * 2 * 2, 0]
+    assert live(plan(x, MLP(FEATURES, dtype=jnp.bfloat16), batch_size=5)) == [20 * 4 * 2, 20 * 2 * 2, 0]
 
 
 def test_a_residual_connection_lives_beside_the_block():
@@ -229,12 +208,6 @@ def synchronized(module, x):
     return jax.shard_map(module, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(x)
 
 
-class Flattened(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return Block(name="block")(x.reshape(-1, 6))
-
-
 @pytest.mark.parametrize(
     ("message", "model", "options"),
     [
@@ -242,8 +215,8 @@ class Flattened(nn.Module):
         (r"(large|small)/norm' must not lie inside a `cond`.*precise", Branches(), {}),
         (r"at most 512 calls: BatchNorm 'layers/block/norm'.*513 times", Loop(513), {}),
         (r"must run a batch-norm layer.*ran none", Block(), {"call": lambda m, x: x}),
-        (r"batch axis.*'block/norm' has shape \(30, 6\).*`only`", Flattened(), {"sample_weight": lambda x: x[:, 0, 0]}),
-        (r"batch axis.*'block/norm' has shape \(48, 6\).*`only`", Flattened(), {"sharding": flaxbn.data_sharding()}),
+        (r"batch axis.*'norm' has shape \(30, 6\).*`only`", Flattened(), {"sample_weight": lambda x: x[:, 0, 0]}),
+        (r"batch axis.*'norm' has shape \(48, 6\).*`only`", Flattened(), {"sharding": flaxbn.data_sharding()}),
     ],
     ids=str,
 )
