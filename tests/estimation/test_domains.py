@@ -139,34 +139,3 @@ def test_one_domain_with_channels_first(d):
     found = flaxbn.estimate_population_stats(model, variables, [batch["x"]], call=call, keep_unseen=True)["norm"]
     np.testing.assert_allclose(found["var"][d], batch["x"].astype(np.float64).var(0), rtol=2e-6)
     np.testing.assert_array_equal(found["var"][1 - d], np.ones(4))
-
-
-@pytest.mark.parametrize("outer_own", [False, True])
-@pytest.mark.parametrize("inner_own", [False, True])
-@pytest.mark.parametrize("scalar", [False, True])
-def test_nested_lanes(outer_own, inner_own, scalar):
-    """Lanes of lanes, with statistics of their own or shared, a domain for each example or for each batch."""
-
-    class DomainNorm(nn.Module):
-        @nn.compact
-        def __call__(self, x, d):
-            return flaxbn.BatchNorm(use_running_average=True, num_domains=2, use_scale=False, use_bias=False)(
-                x, domain=d
-            )
-
-    def lanes(target, own):
-        axes = {"batch_stats": 0 if own else None}
-        return nn.vmap(target, in_axes=(0, None), out_axes=0, variable_axes=axes, split_rngs={"params": False})
-
-    model = lanes(lanes(DomainNorm, inner_own), outer_own)()
-    x = np.random.default_rng(6).normal(size=(2, 3, 5, 4)).astype(np.float32)
-    d = 1 if scalar else np.array([1, 0, 1, 1, 0])
-    variables = model.init(jax.random.key(0), x, d)
-    found = flaxbn.estimate_population_stats(model, variables, [x], call=lambda m, x: m(x, d), keep_unseen=True)[
-        "BatchNorm_0"
-    ]["var"]
-    axes = tuple(i for i, own in ((0, outer_own), (1, inner_own)) if not own)
-    for k in (1,) if scalar else (0, 1):
-        part = x if scalar else x[:, :, d == k]
-        exact = part.astype(np.float64).var((*axes, 2))
-        np.testing.assert_allclose(np.moveaxis(found, -2, 0)[k], exact, rtol=2e-6)
