@@ -60,8 +60,20 @@ MUTATIONS = [
         "(across(count), sharing.total(weights * x))",
         "layers/test_sync.py",
     ),
-    Mutation("renorm: r not bounded below", RENORM, "1 / r_max, r_max)", "0, r_max)", TEST_RENORM),
-    Mutation("renorm: d not bounded below", RENORM, "-d_max, d_max)", "-jnp.inf, d_max)", TEST_RENORM),
+    Mutation(
+        "renorm: r not bounded below",
+        RENORM,
+        "sigma_batch / sigma, 1 / r_max, r_max)",
+        "sigma_batch / sigma, 0, r_max)",
+        TEST_RENORM,
+    ),
+    Mutation(
+        "renorm: d not bounded below",
+        RENORM,
+        "running.mean) / sigma, -d_max, d_max)",
+        "running.mean) / sigma, -jnp.inf, d_max)",
+        TEST_RENORM,
+    ),
     Mutation(
         "renorm: statistics after the update",
         "layers/core.py",

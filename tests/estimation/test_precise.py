@@ -1,4 +1,4 @@
-"""One pass in which each device may normalize by its own part of a batch, and what the devices say to each other in it."""
+"""One pass in which each device may normalize by its own part of a batch, and what the devices tell each other."""
 
 import functools
 

@@ -246,8 +246,9 @@ def test_rows_of_many_layers():
 def test_a_row_that_two_layers_share():
     """Statistics that the model puts together from two places."""
 
-    def joined(tree):
-        return {field: jnp.concatenate([tree["first"][field], tree["second"][field]]) for field in ("mean", "var")}
+    def joined(collections):
+        first, second = (collections["batch_stats"][name] for name in ("first", "second"))
+        return {"batch_stats": jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)}
 
     class Joined(nn.Module):
         @nn.compact
