@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import chex
 import hypothesis
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 NUM_DEVICES = 8
+# What scripts compile in processes of their own, whichever worker started them.
+_compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ.setdefault("FLAXBN_TESTS_CACHE", _compiled.name)
 
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,3 +52,8 @@ def data_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no data at {path}; set FLAXBN_DATA")
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """What starts processes begins first: it takes longest, and does not use a core all the time."""
+    items.sort(key=lambda item: not {"scripts", "test_processes.py"} & set(item.path.parts))

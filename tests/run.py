@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPTIMIZED = [ROOT / "tests" / "arithmetic", ROOT / "tests" / "layers", ROOT / "flaxbn"]
-WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
+WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
