@@ -19,6 +19,7 @@ DOMAINS = 8
 
 
 def training_step(layer: flaxbn.BatchNorm, x: jax.Array, cotangent: jax.Array, **options: Any) -> Callable[[], Any]:
+    """One step of the layer, called with `options`, on this input and this gradient of its output."""
     variables = layer.init(jax.random.key(0), x, **options)
 
     @jax.jit
@@ -34,6 +35,7 @@ def training_step(layer: flaxbn.BatchNorm, x: jax.Array, cotangent: jax.Array, *
 
 
 def benchmark(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """The times for one shape."""
     x, cotangent = jax.random.normal(jax.random.key(1), (2, *shape))
     layer = functools.partial(flaxbn.BatchNorm, use_running_average=False)
     mixed = functools.partial(training_step, x=x, cotangent=cotangent, domain=jnp.arange(shape[0]) % DOMAINS)
@@ -47,6 +49,7 @@ def benchmark(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Times every shape, and keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()

@@ -31,11 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import population
+import tables
 
 import flaxbn
 
 
 class CNN(nn.Module):
+    """Four convolutions."""
+
     norm: Callable[..., nn.Module]
 
     @nn.compact
@@ -98,6 +101,7 @@ def build(model: str, samples: int) -> tuple[nn.Module, Any, np.ndarray]:
 def candidates(
     model: str, samples: int, batch_size: int, limits: dict[str, int | None]
 ) -> dict[str, Callable[[], Any]]:
+    """The passes that are compared, by name: `exact` by its memory limit."""
     built, variables, images = build(model, samples)
     on_device = jax.device_put(images)
     estimate = functools.partial(flaxbn.estimate_population_stats, built, variables, batch_size=batch_size)
@@ -134,10 +138,12 @@ def plan(model: str, samples: int, batch_size: int) -> dict[str, Any]:
 
 
 def warm(rounds: int, **case: Any) -> dict[str, list[float]]:
+    """Seconds for each call of each pass, once everything is compiled."""
     return harness.interleave(candidates(**case), rounds)
 
 
 def first(method: str, **case: Any) -> float:
+    """Seconds for the first call, compilation included."""
     call = candidates(**case)[method]
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -145,6 +151,7 @@ def first(method: str, **case: Any) -> float:
 
 
 def peak(method: str, **case: Any) -> int:
+    """The bytes that a call takes beyond those in use before it."""
     call, device = candidates(**case)[method], jax.devices()[0]
     before = device.memory_stats()
     jax.block_until_ready(call())
@@ -157,6 +164,7 @@ def peak(method: str, **case: Any) -> int:
 
 
 def process_bytes(what: str) -> int:
+    """What the kernel counts for this process under a name, VmRSS say."""
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
@@ -204,13 +212,8 @@ def benchmark(case: dict[str, Any], rounds: int, cold_rounds: int) -> tuple[dict
     return facts["machine"], rows
 
 
-def memory_table(rows: list[dict[str, Any]]) -> str:
-    rule = ["---"] * len(LABELS) + ["--:"] * (len(MEMORY) - len(LABELS))
-    lines = [MEMORY, rule, *([str(row[name]) for name in MEMORY] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
+    """Compares on every model and batch size, and keeps the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="rounds of warm calls, 2 or more")
     parser.add_argument("--cold-rounds", type=int, default=3, help="new processes for the first call of each method")
@@ -230,7 +233,8 @@ def main() -> None:
             case = {"model": model, "samples": arguments.images, "batch_size": batch_size}
             machine, found = benchmark(case, arguments.rounds, arguments.cold_rounds)
             rows += found
-    markdown = f"{harness.table(rows, TIMES)}\n\nPeak memory, MiB:\n\n{memory_table(rows)}"
+    memory = tables.markdown(MEMORY, ([row[name] for name in MEMORY] for row in rows), len(LABELS))
+    markdown = f"{harness.table(rows, TIMES)}\n\nPeak memory, MiB:\n\n{memory}"
     print(markdown)
     if not arguments.no_save:
         report = {"machine": machine, "rounds": arguments.rounds, "cold_rounds": arguments.cold_rounds, "rows": rows}

@@ -8,12 +8,17 @@ import pathlib
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
 import jax
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
+
+import tables
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -47,6 +52,7 @@ def compare(times: dict[str, list[float]], ours: str) -> dict[str, Any]:
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
+    """A quarter, a half and three quarters of the values lie below these."""
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
@@ -63,7 +69,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], labels: Sequence[str]) -> str:
-    """The rows of `compare` as a Markdown table; `labels` are the columns that say what was timed."""
+    """The rows of `compare` in Markdown; `labels` are the columns that say what was timed."""
     times, ratios = list(rows[0]["milliseconds"]), list(rows[0]["ratio"])
     header = [*labels, *(f"{name}, ms" for name in times), *(f"ratio to {name}" for name in ratios)]
     cells = [
@@ -74,8 +80,7 @@ def table(rows: list[dict[str, Any]], labels: Sequence[str]) -> str:
         ]
         for row in rows
     ]
-    rule = ["---"] * len(labels) + ["--:"] * (len(header) - len(labels))
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *cells])
+    return tables.markdown(header, cells, len(labels))
 
 
 def save(what: str, device: str, report: dict[str, Any], markdown: str) -> None:

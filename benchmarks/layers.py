@@ -25,6 +25,7 @@ LAYERS = {
 
 
 def training_step(layer: nn.Module, x: jax.Array, cotangent: jax.Array) -> Callable[[], Any]:
+    """One step of the layer on this input and this gradient of its output."""
     variables = layer.init(jax.random.key(0), x)
 
     @jax.jit
@@ -39,6 +40,7 @@ def training_step(layer: nn.Module, x: jax.Array, cotangent: jax.Array) -> Calla
 
 
 def benchmark(shape: tuple[int, ...], dtype: str, rounds: int) -> dict[str, Any]:
+    """The times for one shape and type."""
     x, cotangent = jax.random.normal(jax.random.key(1), (2, *shape), dtype)
     steps = {
         name: training_step(layer(use_running_average=False, dtype=dtype), x, cotangent)
@@ -49,6 +51,7 @@ def benchmark(shape: tuple[int, ...], dtype: str, rounds: int) -> dict[str, Any]
 
 
 def main() -> None:
+    """Times every shape and type, and keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

@@ -29,6 +29,8 @@ import flaxbn
 
 
 class CNN(nn.Module):
+    """Three convolutions."""
+
     norm: Callable[..., nn.Module]
 
     @nn.compact
@@ -40,6 +42,8 @@ class CNN(nn.Module):
 
 
 class ResNet20(nn.Module):
+    """That of CIFAR-10, with nine blocks of two convolutions."""
+
     norm: Callable[..., nn.Module]
 
     @nn.compact
@@ -62,6 +66,7 @@ BATCH_SIZE = 128
 
 
 def candidates(model: type[nn.Module], images: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The passes over the images that are timed, by name."""
     several = len(jax.devices()) > 1
     batches = flaxbn.data_sharding() if several else None
     everywhere = NamedSharding(batches.mesh, PartitionSpec()) if several else None
@@ -97,6 +102,7 @@ def candidates(model: type[nn.Module], images: np.ndarray) -> dict[str, Callable
 
 
 def benchmark(name: str, samples: int, rounds: int) -> dict[str, Any]:
+    """The times for one model, on the devices of this process."""
     model, shape = MODELS[name]
     images = np.random.default_rng(0).standard_normal((samples, *shape), np.float32)
     times = harness.interleave(candidates(model, images), rounds)
@@ -111,6 +117,7 @@ def run_in_child(arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Times every model on one device and on all, and keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH_SIZE} images")

@@ -21,6 +21,7 @@ import harness
 import jax
 import numpy as np
 import population
+import tables
 
 import flaxbn
 from flaxbn.data.placement import by_step
@@ -59,8 +60,8 @@ def compiled(name: str, batches: int, per_device: int, normalization_batch: str)
     asked = request(model, variables, sharding=sharding, normalization_batch=normalization_batch, **options)
     together = per_device if normalization_batch == "device" else size
     batch = jax.ShapeDtypeStruct((together, *shape), np.float32)
-    source = Pass(asked.setting, shapes_of(asked.variables, batch, asked.rngs, present=None))
-    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.setting.sharding))
+    source = Pass(asked.options, shapes_of(asked.variables, batch, asked.rngs, present=None))
+    images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.options.sharding))
     return source.scan.lower(asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
 
 
@@ -105,17 +106,14 @@ def timed(name: str, samples: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def run_in_child(devices: int, *arguments: str) -> dict[str, Any]:
+    """The report of this script with one number of devices."""
     environment = {**os.environ, "NPROC": str(16 * os.cpu_count())}
     command = [sys.executable, __file__, "--devices", str(devices), "--child", *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
+    """Counts and times every model on every number of devices, and keeps the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--models", nargs="+", choices=population.MODELS, default=[*population.MODELS])
@@ -136,7 +134,9 @@ def main() -> None:
     options = [*models, "--rounds", str(arguments.rounds), "--samples", str(arguments.samples)]
     measured = [run_in_child(devices, "time", *options) for devices in sorted({1, os.cpu_count()})]
     counts, times = ([row for report in reports for row in report["rows"]] for reports in (counted, measured))
-    markdown = f"{markdown_table(counts)}\n\n{markdown_table(times)}"
+    markdown = "\n\n".join(
+        tables.markdown([*rows[0]], (row.values() for row in rows), len(rows[0])) for rows in (counts, times)
+    )
     print(markdown)
     report = {"machine": measured[0]["machine"], "collectives": counts, "times": times}
     harness.save("scaling", "cpu", report, markdown)

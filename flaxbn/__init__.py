@@ -1,6 +1,18 @@
-"""Batch normalization for JAX without its traps."""
+"""Batch normalization for JAX without its traps.
 
-from flaxbn import diagnostics as diagnostics
+Layers that replace Flax's, statistics of the data before inference, and everything that tells whether they are right:
+
+    layer = flaxbn.BatchNorm(use_running_average=not train)
+    logits = flaxbn.apply(model, variables, batch, statistics="batch")
+    stats = flaxbn.estimate_population_stats(model, variables, images, batch_size=256)
+
+`flaxbn.domains` keeps statistics for each of several datasets, `flaxbn.diagnostics` tells which trap a model is in.
+What is named here and in these two is public, and stays where it is; the rooms behind it may be rearranged.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flaxbn import domains as domains
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import measure as measure
@@ -18,11 +30,32 @@ from flaxbn.estimation.population import estimate_population_stats as estimate_p
 from flaxbn.estimation.population import population_moments as population_moments
 from flaxbn.estimation.population import to_batch_stats as to_batch_stats
 from flaxbn.estimation.replicas import merge_replicas as merge_replicas
-from flaxbn.inference.artifact import Inference as Inference
-from flaxbn.inference.artifact import load_inference as load_inference
 from flaxbn.inference.export import export_inference as export_inference
+from flaxbn.inference.load import Inference as Inference
+from flaxbn.inference.load import load_inference as load_inference
 from flaxbn.layers.linen import BatchNorm as BatchNorm
 from flaxbn.layers.linen import BatchRenorm as BatchRenorm
 from flaxbn.models.apply import apply as apply
 from flaxbn.models.independence import BatchDependenceError as BatchDependenceError
 from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
+
+if TYPE_CHECKING:
+    from flaxbn import diagnostics as diagnostics
+    from flaxbn import linen as linen
+
+__version__ = "0.1.0"
+
+_LOADED_WHEN_ASKED_FOR = ("diagnostics", "linen")
+_PUBLIC = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("flaxbn.")]
+for _name in _PUBLIC:
+    globals()[_name].__module__ = "flaxbn"  # so they print and are pickled, whatever room they are in
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_WHEN_ASKED_FOR:
+        return importlib.import_module(f"flaxbn.{name}")
+    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, *_LOADED_WHEN_ASKED_FOR, "__version__", "domains"])

@@ -18,14 +18,27 @@ from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
 
 StatsByDomain = Mapping[str, Any]
+"""For each name of a domain a `batch_stats` tree."""
 
 
 def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
     """The same statistics for each of `names`: the start of a training, or a new domain that begins as a copy.
 
+    Examples:
+        >>> import numpy as np
+        >>> from flaxbn import domains
+        >>> batch_stats = {"norm": {"mean": np.zeros(4, "float32"), "var": np.ones(4, "float32")}}
+        >>> stats = domains.replicate(batch_stats, ["photos", "sketches"])
+        >>> sorted(stats), stats["photos"]["norm"]["mean"].shape
+        (['photos', 'sketches'], (4,))
+
     To add a domain later, `{**stats, **replicate(stats["old"], ["new"])}`; or estimate it on data of its own, without
     labels, by `estimate` (adaptive batch normalization; Li et al. 2016, "Revisiting Batch Normalization For Practical
     Domain Adaptation", section 3).
+
+    Args:
+        batch_stats: the statistics, which are copied.
+        names: what the domains are called.
 
     Raises:
         TypeError: if a name is not a string, since checkpoints turn other keys into strings.
@@ -38,6 +51,17 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> dict[str, Any]:
     """`variables` with the statistics of one domain, for `model.apply`.
+
+    Examples:
+        >>> from flaxbn import domains
+        >>> stats = {"photos": {"norm": "of photos"}, "sketches": {"norm": "of sketches"}}  # trees of arrays, really
+        >>> domains.select({"params": "shared"}, stats, "sketches")
+        {'params': 'shared', 'batch_stats': {'norm': 'of sketches'}}
+
+    Args:
+        variables: those that all domains share; statistics in them are replaced.
+        stats_by_domain: the statistics of all domains.
+        name: that of the domain.
 
     Raises:
         KeyError: if there is no such domain; the message lists those that there are.
@@ -54,6 +78,16 @@ def estimate(
     **options: Any,
 ) -> dict[str, Any]:
     """The population statistics of each domain, from data of its own and the weights that all share.
+
+    Examples:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from flaxbn import domains
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> data = {"photos": np.float32([[1], [3]]), "sketches": np.float32([[5], [7]])}
+        >>> variables = model.init(jax.random.key(0), data["photos"])
+        >>> stats = domains.estimate(model, variables, data, batch_size=2)
+        >>> {name: tree["mean"].tolist() for name, tree in stats.items()}
+        {'photos': [2.0], 'sketches': [6.0]}
 
     Args:
         model: the model; `flax.linen.BatchNorm` included.
@@ -75,6 +109,14 @@ def estimate(
 def pool(moments_by_domain: Mapping[str, Any]) -> Any:
     """The moments of all domains together, by the law of total variance, each domain weighted by its count.
 
+    Examples:
+        >>> import flaxbn, numpy as np
+        >>> from flaxbn import domains
+        >>> photos, sketches = (flaxbn.Moments(np.float32(2), np.float32(mean), np.float32(1)) for mean in (2, 6))
+        >>> pooled = domains.pool({"photos": {"norm": photos}, "sketches": {"norm": sketches}})["norm"]
+        >>> float(pooled.count), float(pooled.mean), float(pooled.var)
+        (4.0, 4.0, 5.0)
+
     Args:
         moments_by_domain: for each name, a tree as `population_moments` returns.
     """
@@ -85,6 +127,14 @@ def stack(stats_by_domain: StatsByDomain, names: Sequence[str], axis: int = 0) -
     """The `batch_stats` of a model with `num_domains=len(names)`; domain i is `names[i]`.
 
     With `replicate` it turns the statistics of a plain model into those of a model with domains.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flaxbn import domains
+        >>> batch_stats = {"norm": {"mean": np.zeros(4, "float32"), "var": np.ones(4, "float32")}}
+        >>> names = ["photos", "sketches"]
+        >>> domains.stack(domains.replicate(batch_stats, names), names)["norm"]["mean"].shape
+        (2, 4)
 
     Args:
         stats_by_domain: for each name, the `batch_stats` of the plain model.
@@ -98,6 +148,18 @@ def stack(stats_by_domain: StatsByDomain, names: Sequence[str], axis: int = 0) -
 
 def unstack(batch_stats: Any, names: Sequence[str], axis: int = 0) -> dict[str, Any]:
     """The inverse of `stack`: for each name, the `batch_stats` of the plain model.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flaxbn import domains
+        >>> stacked = {"norm": {"mean": np.float32([[0, 0], [5, 6]]), "var": np.ones((2, 2), "float32")}}
+        >>> domains.unstack(stacked, ["photos", "sketches"])["sketches"]["norm"]["mean"].tolist()
+        [5.0, 6.0]
+
+    Args:
+        batch_stats: those of a model with domains.
+        names: the domains in the order of their numbers.
+        axis: where the axis of domains is.
 
     Raises:
         ValueError: if the statistics are not of as many domains as there are names.
@@ -113,6 +175,7 @@ def unstack(batch_stats: Any, names: Sequence[str], axis: int = 0) -> dict[str, 
 
 
 def _check_names(names: Sequence[Any]) -> None:
+    """Names must be strings, each there once: a checkpoint turns other keys into strings, and then they are unknown."""
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"Names of domains must be strings, as in checkpoints: got {wrong[0]!r}.")

@@ -23,6 +23,7 @@ from IPython.display import Markdown
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 
 import data
+import figures
 import training
 
 FULL = os.environ.get("FULL", "") not in ("", "0")
@@ -130,9 +131,7 @@ def over_seeds(values: Any, form: str = ".2f") -> str:
 
 def draw(ax: plt.Axes, x: Any, values: Any, *, color: str, label: str, marker: str = "o") -> None:
     """The mean over the seeds, the first axis of `values`, as a line, in a band of one standard deviation."""
-    mean, spread = np.mean(values, 0), np.std(values, 0)
-    ax.plot(x, mean, f"{marker}-", color=color, label=label, markersize=4)
-    ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    figures.draw_band(ax, x, np.mean(values, 0), np.std(values, 0), label=label, color=color, marker=marker)
 
 
 def log_percent(ax: plt.Axes) -> None:

@@ -28,20 +28,23 @@ import pathlib
 from typing import Any, NamedTuple
 
 import data
+import figures
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
-import results
+import options
+import tables
 import training
 import tyro
 from domain_results import mean_and_spread
+from journal import Journal, keep_journal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
 
 import flaxbn
+from flaxbn.inference.artifact import replace_file
 
 TRAINING_EXAMPLES = 1152  # of 1249: a multiple of 128, so that every batch is full
 LAYERS = ((16, 1), (32, 2), (32, 2), (64, 1))
@@ -60,7 +63,7 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Config):
+class Config(options.Training):
     """Compares population statistics estimated with batches of several sizes, on scikit-learn's digits."""
 
     batch_size: int = 32
@@ -90,10 +93,13 @@ class Config(training.Config):
 
     @property
     def named_sizes(self) -> dict[str, int]:
+        """The batch sizes of the estimation as tables name them."""
         return {**{str(size): size for size in self.estimation_sizes}, "all": TRAINING_EXAMPLES}
 
 
 class Trained(NamedTuple):
+    """A network whose weights are frozen from now on."""
+
     variables: dict[str, Any]
     reference: Any
     """The `batch_stats` of the whole training set as one batch."""
@@ -108,6 +114,7 @@ class BatchNorm(nn.BatchNorm):
 
 @functools.cache
 def make_model(momentum: float) -> training.CNN:
+    """The network; the same object for the same momentum, so that it compiles once."""
     return training.CNN(10, functools.partial(BatchNorm, momentum=momentum), LAYERS)
 
 
@@ -118,6 +125,7 @@ def load() -> tuple[data.Split, data.Split]:
 
 
 def train(config: Config, optimizer: optax.GradientTransformation, split: data.Split, seed: int) -> Trained:
+    """Trains one network, and takes its reference."""
     model = make_model(config.momentum)
     state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
     for epoch in range(1, config.epochs + 1):
@@ -195,14 +203,13 @@ def summarize(lines: list[dict[str, Any]], references: list[dict[str, float]]) -
 
 def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -> str:
     """One row for each measure and method, one column for each batch size, in Markdown."""
-    rows = [["", "statistics", *sizes], ["---"] * 2 + ["---:"] * len(sizes)]
+    rows = []
     for measure, (title, form) in MEASURES.items():
         for method, (label, *_) in METHODS.items():
             cells = [tuple(tree[method][size][measure] for tree in (summary, summary["seed_spread"])) for size in sizes]
             rows.append([title, label, *(f"{mean:{form}} ± {spread:{form.lstrip('+z')}}" for mean, spread in cells)])
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    with results.replacing(path) as partial:
-        partial.write_text(text)
+    text = tables.markdown(["", "statistics", *sizes], rows, labels=2) + "\n"
+    replace_file(path, text.encode())
     return text
 
 
@@ -225,59 +232,65 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, i
         ax.minorticks_off()
         ax.set(xlabel="batch size of the estimation (examples)", ylabel=label)
         ax.set_title(panel, fontsize="medium")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.leave_open(ax)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
     fig.suptitle(title, fontsize="medium")
-    with results.replacing(path) as partial:
-        fig.savefig(partial, format="png", dpi=150)
+    figures.save(fig, path)
 
 
 def _draw_method(ax: Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
     label, marker, color = METHODS[method]
-    mean, spread = (
-        np.array([tree[method][size][measure] for size in sizes]) for tree in (summary, summary["seed_spread"])
-    )
-    ax.plot(sizes.values(), mean, f"{marker}-", label=label, color=color, markersize=4)
-    ax.fill_between(sizes.values(), mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    mean, spread = ([tree[method][size][measure] for size in sizes] for tree in (summary, summary["seed_spread"]))
+    figures.draw_band(ax, sizes.values(), mean, spread, label=label, color=color, marker=marker)
 
 
 def configure() -> Config:
+    """The command line."""
     return tyro.cli(Config, description=__doc__)
 
 
-def main(config: Config, console: Console) -> None:
-    console.print(config)
-    train_split, test_split = load()
-    lines = config.begin()
+def experiment(config: Config, train_split: data.Split, test_split: data.Split, journal: Journal) -> list[Trained]:
+    """Trains a network for each seed, then estimates with each batch size that the journal does not have yet."""
+    networks = []
     optimizer = config.optimizer(config.epochs * (TRAINING_EXAMPLES // config.batch_size))
-    sizes, networks = config.named_sizes, []
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=config.seeds * (1 + len(sizes)), completed=config.seeds * len(lines))
-        for seed in range(config.seeds):
-            progress.update(task, description=f"training, seed {seed}")
-            networks.append(train(config, optimizer, train_split, seed))
-            progress.advance(task)
-        # All seeds for one batch size, then the next, since compiled passes are not kept for ever.
-        for name in [*sizes][len(lines) :]:
-            line = {"batch_size": name, "outcomes": []}
-            for seed, trained in enumerate(networks):
-                progress.update(task, description=f"batch size {name}, seed {seed}")
-                found = estimates(config, trained.variables, train_split.images, batch_size=sizes[name], seed=seed)
-                line["outcomes"].append({m: outcome(trained, found[m], test_split) for m in METHODS})
-                progress.advance(task)
-            lines.append(line)
-            results.write_lines(config.out / "metrics.jsonl", lines)
+    for seed in range(config.seeds):
+        journal.describe(f"training, seed {seed}")
+        networks.append(train(config, optimizer, train_split, seed))
+        journal.advance()
+    # All seeds for one batch size, then the next, since compiled passes are not kept for ever.
+    for name, size in [*config.named_sizes.items()][len(journal.lines) :]:
+        outcomes = []
+        for seed, trained in enumerate(networks):
+            journal.describe(f"batch size {name}, seed {seed}")
+            found = estimates(config, trained.variables, train_split.images, batch_size=size, seed=seed)
+            outcomes.append({m: outcome(trained, found[m], test_split) for m in METHODS})
+            journal.advance()
+        journal.add({"batch_size": name, "outcomes": outcomes})
+    return networks
 
-    summary = summarize(lines, [outcome(trained, trained.reference, test_split) for trained in networks])
-    top = {"configuration": config.record(), "versions": results.versions(), "methods": summary}
-    results.write_json(config.out / "results.json", top)
+
+def report(config: Config, lines: list[dict[str, Any]], references: list[dict[str, float]], console: Console) -> None:
+    """Compares the methods: in the folder of the run, and on the terminal."""
+    summary, sizes = summarize(lines, references), config.named_sizes
+    config.report("results.json", methods=summary)
     title = (
         f"digits, trained with batches of {config.batch_size}; mean ± standard deviation, seeds: {config.seeds}; "
         "reference: all training examples as one batch"
     )
     write_figure(config.out / "batch_sizes.png", summary, sizes, title)
     console.print(write_table(config.out / "table.md", summary, [*sizes]), soft_wrap=True, highlight=False)
+
+
+def main(config: Config, console: Console) -> None:
+    """Trains, estimates with each batch size, and compares."""
+    console.print(config)
+    train_split, test_split = load()
+    lines = config.begin()
+    total, completed = config.seeds * (1 + len(config.named_sizes)), config.seeds * len(lines)
+    with keep_journal(config.out, lines, console, total=total, completed=completed) as journal:
+        networks = experiment(config, train_split, test_split, journal)
+    references = [outcome(trained, trained.reference, test_split) for trained in networks]
+    report(config, journal.lines, references, console)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,15 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
+    """The three splits of a data set."""
+
     train: Split
     validation: Split
     test: Split
 
     @property
     def num_classes(self) -> int:
+        """One more than the largest label."""
         return 1 + max(int(split.labels.max()) for split in self)
 
 

@@ -1,13 +1,14 @@
-"""Data sets of the same classes as domains: read, blended into photographs, brought to one shape."""
+"""Data sets of the same classes as domains: read, blended into photographs, brought to one shape, cut into batches."""
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import data
 import jax
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from training import training_batches
 
 BLENDED = "-blended"
 
@@ -29,6 +30,33 @@ def load(names: Sequence[str], data_dir: str | os.PathLike[str] | None = None) -
     shapes = [dataset.train.images.shape[1:] for dataset in loaded.values()]
     shape = (*shapes[0][:2], max(shape[2] for shape in shapes))
     return {name: data.Dataset(*(_reshaped(split, shape) for split in dataset)) for name, dataset in loaded.items()}
+
+
+def sizes(domains: dict[str, data.Dataset]) -> list[int]:
+    """The training examples of each domain."""
+    return [len(dataset.train.labels) for dataset in domains.values()]
+
+
+def domain_batches(
+    sizes: Sequence[int], batch_size: int, *, mixed: bool, seed: int, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The batches of an epoch: indices into the domains laid end to end, and their domains, one number if it is one.
+
+    Every domain gives as many examples as the smallest one has.
+    """
+    part = batch_size // len(sizes) if mixed else batch_size
+    steps = min(sizes) // batch_size * (batch_size // part)
+    begins = np.cumsum([0, *sizes])
+    orders = [
+        begins[domain] + training_batches(size, part, seed=seed, epoch=epoch, domain=domain)[:steps]
+        for domain, size in enumerate(sizes)
+    ]
+    numbers = np.arange(len(sizes), dtype=np.int32)
+    for parts in zip(*orders):
+        if mixed:
+            yield np.concatenate(parts), np.repeat(numbers, part)
+        else:
+            yield from zip(parts, numbers)
 
 
 def _load(name: str, data_dir: str | os.PathLike[str] | None) -> data.Dataset:

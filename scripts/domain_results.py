@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import figures
 import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import replacing
 from rich.table import Table
 
 TESTS = {"running": "running average", "shared": "shared population", "domain": "per-domain population"}
@@ -116,6 +116,7 @@ def weighting_table(weighting: dict[str, Any], name: str) -> Table:
 
 
 def tested_with(outcome: dict[str, Any]) -> list[str]:
+    """The statistics that a variant was tested with, in the order of tables."""
     return [kind for kind in TESTS if kind in outcome["test_accuracy"]]
 
 
@@ -157,8 +158,7 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[st
     axes[0].set_yticks(range(len(rows)), labels)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
-    with replacing(path) as partial:
-        fig.savefig(partial, format="png", dpi=150)
+    figures.save(fig, path)
 
 
 def _draw_test(ax: Axes, y: int, outcome: dict[str, Any], kind: str, name: str) -> None:

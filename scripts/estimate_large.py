@@ -25,14 +25,12 @@ import numpy as np
 import options
 import orbax.checkpoint as ocp
 import processes
-import results
 import training
 import tyro
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from journal import Journal, keep_journal
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 import flaxbn
 
@@ -126,15 +124,11 @@ def moments_like(batch_stats: Any) -> Any:
     )
 
 
-def main(config: Config, console: Console) -> None:
-    console.print(config)
-    batch_size = training.whole_batches(config.batch_size, jax.local_device_count())
-    part = training.whole_batches(config.part, batch_size * jax.process_count())
-    model, variables = processes.on_each(lambda: load_model(config.model))
+def open_images(config: Config, channels: int) -> grain.MapDataset:
+    """The images of the set in random order, as the model takes them."""
     sources = processes.on_each(lambda: data.open_tfds(config.dataset, config.data_dir))
     if config.split not in sources:
         raise ValueError(f"--split must be one of {sorted(sources)}: got {config.split}.")
-    channels = variables["params"]["Conv_0"]["kernel"].shape[2]
     images = (
         grain.MapDataset.source(sources[config.split])
         .shuffle(seed=config.seed)
@@ -143,22 +137,26 @@ def main(config: Config, console: Console) -> None:
     size = config.samples or len(images)
     if size > len(images):
         raise ValueError(f"--samples must be at most {len(images)}, the images of {config.dataset}: got {size}.")
-    lines = processes.begin(config, weights=fingerprint(variables))
-    replicated = NamedSharding(processes.by_example().mesh, PartitionSpec())
-    folder, moments, start = (config.out / "checkpoints").absolute(), None, time.perf_counter()
-    with (
-        training.checkpoint_manager(folder / "moments") as checkpoints,
-        Progress(console=console, disable=not console.is_terminal) as progress,
-    ):
-        like = processes.place(moments_like(variables["batch_stats"]), replicated)
+    return images[:size]
+
+
+def estimate(
+    config: Config, model: training.CNN, variables: dict[str, Any], images: grain.MapDataset, journal: Journal
+) -> Any:
+    """The moments of all images, saved and told after each part of them; goes on from the last part saved."""
+    batch_size = options.whole_batches(config.batch_size, jax.local_device_count())
+    part = options.whole_batches(config.part, batch_size * jax.process_count())
+    moments, start = None, time.perf_counter()
+    with training.checkpoint_manager((config.out / "checkpoints" / "moments").absolute()) as checkpoints:
+        like = processes.place(moments_like(variables["batch_stats"]), processes.everywhere())
         restored, done = training.restore(checkpoints, like)
         if done:
             moments = jax.device_get(restored)
-        lines = [line for line in lines if line["images"] <= done]
-        before = lines[-1]["seconds"] if lines else 0
-        task = progress.add_task("images", total=size, completed=done)
-        read = progress_of(batches(images[done:size], batch_size, config.workers), progress, task)
-        while done < size:
+        journal.lines = [line for line in journal.lines if line["images"] <= done]
+        before = journal.lines[-1]["seconds"] if journal.lines else 0
+        journal.advance(done)
+        read = progress_of(batches(images[done:], batch_size, config.workers), journal)
+        while done < len(images):
             moments = flaxbn.population_moments(
                 model,
                 variables,
@@ -166,22 +164,34 @@ def main(config: Config, console: Console) -> None:
                 sharding=flaxbn.data_sharding(),
                 earlier=moments,
             )
-            done = min(done + part, size)
-            checkpoints.save(done, args=ocp.args.StandardSave(processes.place(moments, replicated)))
-            lines.append({"images": done, "seconds": before + time.perf_counter() - start})
-            if processes.is_first():
-                results.write_lines(config.out / "metrics.jsonl", lines)
-            console.print(f"{done:10} images {lines[-1]['seconds']:8.1f} s")
-    batch_stats = flaxbn.to_batch_stats(moments, variables["batch_stats"])
-    training.save_model(folder / "model", processes.place({**variables, "batch_stats": batch_stats}, replicated))
+            done = min(done + part, len(images))
+            saved = processes.place(moments, processes.everywhere())
+            checkpoints.save(done, args=ocp.args.StandardSave(saved))
+            seconds = before + time.perf_counter() - start
+            journal.add({"images": done, "seconds": seconds})
+            journal.console.print(f"{done:10} images {seconds:8.1f} s")
+    return moments
+
+
+def main(config: Config, console: Console) -> None:
+    """Estimates the statistics of the model, and saves it with them."""
+    console.print(config)
+    model, variables = processes.on_each(lambda: load_model(config.model))
+    images = open_images(config, channels=variables["params"]["Conv_0"]["kernel"].shape[2])
+    lines = processes.begin(config, weights=fingerprint(variables))
+    with keep_journal(config.out, lines, console, total=len(images), description="images") as journal:
+        moments = estimate(config, model, variables, images, journal)
+    variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])
+    folder = (config.out / "checkpoints" / "model").absolute()
+    training.save_model(folder, processes.place(variables, processes.everywhere()))
     if processes.is_first():
-        top = {"configuration": config.record(), "versions": results.versions(), "images": size}
-        results.write_json(config.out / "summary.json", top)
+        config.report(images=len(images))
 
 
-def progress_of(read: Iterator[np.ndarray], progress: Progress, task: Any) -> Iterator[np.ndarray]:
+def progress_of(read: Iterator[np.ndarray], journal: Journal) -> Iterator[np.ndarray]:
+    """The batches as they are, counted in the journal."""
     for batch in read:
-        progress.advance(task, len(batch) * jax.process_count())
+        journal.advance(len(batch) * jax.process_count())
         yield batch
 
 

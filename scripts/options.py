@@ -1,11 +1,13 @@
-"""The options that scripts share: where a run is kept, and which processes take part in it."""
+"""The options that scripts share: where a run is kept, how it trains, and which processes take part in it."""
 
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, Literal, Self
 
+import optax
 import results
+from rich.console import Console
 
 AUTO = "auto"
 UNRECORDED = ("out", "resume", "overwrite", "coordinator", "num_processes", "process_id")
@@ -28,10 +30,12 @@ class Run:
             raise ValueError("--resume continues a run and --overwrite replaces it: got both. Leave one out.")
 
     def check_at_least(self, name: str, least: int) -> None:
+        """Refuses a smaller value of an option, or one that is no number."""
         if not (value := getattr(self, name)) >= least:
             raise ValueError(f"{results.flag(name)} must be at least {least}: got {value}.")
 
     def check_names(self, name: str, known: dict[str, Any]) -> None:
+        """Refuses an option that names nothing, or something twice."""
         value = getattr(self, name)
         if not value or len(set(value)) < len(value):
             raise ValueError(
@@ -50,6 +54,46 @@ class Run:
         `content` is recorded as options are: a run with another one is not resumed.
         """
         return results.begin(self.out, self.record() | content, resume=self.resume, overwrite=self.overwrite)
+
+    def report(self, name: str = "summary.json", **content: Any) -> None:
+        """Writes what came out of the run, with the options and the versions that it came from."""
+        results.write_json(self.out / name, {"configuration": self.record(), "versions": results.versions(), **content})
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Run):
+    """The options of every training."""
+
+    epochs: int = 20
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Examples in a step, over all devices of all processes; rounded up to a multiple of their number."""
+    learning_rate: float = 3e-3
+    """Of Adam."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on: down to zero, or as it began."""
+    seeds: int = 1
+    """Repetitions with other initial weights and another order, 0 to N - 1; means and spreads are reported."""
+
+    def __post_init__(self) -> None:
+        """Refuses what could only fail later."""
+        super().__post_init__()
+        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1)):
+            self.check_at_least(name, least)
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be positive and finite: got {self.learning_rate}.")
+
+    def with_whole_batches(self, parts: int, multiple_of: str, console: Console) -> Self:
+        """These options with a batch size that `parts` divides; where it is another one, the console says so."""
+        batch_size = whole_batches(self.batch_size, parts)
+        if batch_size != self.batch_size:
+            console.print(f"batch size {self.batch_size} -> {batch_size}, a multiple of {multiple_of}")
+        return dataclasses.replace(self, batch_size=batch_size)
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Adam with a learning rate that goes as `schedule` says over so many steps."""
+        rate = self.learning_rate
+        return optax.adam(optax.cosine_decay_schedule(rate, steps) if self.schedule == "cosine" else rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +124,8 @@ class Distributed(Run):
                 f"--process-id must be at least 0 and below --num-processes: got {self.process_id} of "
                 f"{self.num_processes}."
             )
+
+
+def whole_batches(batch_size: int, parts: int) -> int:
+    """`batch_size`, rounded up to a multiple of `parts`."""
+    return -(-batch_size // parts) * parts

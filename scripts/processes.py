@@ -1,5 +1,6 @@
 """Several processes that train together, on one machine or on many: how they meet, and what each of them holds."""
 
+import functools
 import hashlib
 import json
 import os
@@ -9,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import options
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
+
+from flaxbn.data.processes import gather, on_all
 
 HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 60
 """Seconds until jax ends a process that misses another; and that processes wait for each other at the end."""
@@ -63,9 +65,8 @@ def check_alike(config: options.Distributed) -> None:
 
 def differing(content: bytes) -> list[int]:
     """The processes whose content is not that of the first one. All must call it."""
-    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest).reshape(-1, len(digest))
-    return np.flatnonzero((digests != digests[0]).any(1)).tolist()
+    digests = gather(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
+    return [process for process, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
 
 
 def begin(config: options.Distributed, **content: Any) -> list[dict[str, Any]]:
@@ -88,17 +89,7 @@ def is_first() -> bool:
 
 def on_each(task: Callable[[], Any]) -> Any:
     """What `task`, which must not communicate, returns here. Where it fails it is raised, and the others end, too."""
-    error = None
-    try:
-        value = task()
-    except Exception as raised:  # it is told to the others, then raised
-        error = raised
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
-    if error is not None:
-        raise error
-    if failed.size:
-        raise RuntimeError(f"Process {failed.tolist()} of {jax.process_count()} failed: its own output says why.")
-    return value
+    return on_all(task, "Process {failed} of {count} failed: its own output says why.")
 
 
 def on_first(task: Callable[[], Any]) -> Any:
@@ -106,9 +97,16 @@ def on_first(task: Callable[[], Any]) -> Any:
     return on_each(task if is_first() else lambda: None)
 
 
+@functools.cache
 def by_example() -> NamedSharding:
     """Batches split along their leading axis over the devices of all processes."""
     return NamedSharding(Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+
+
+@functools.cache
+def everywhere() -> NamedSharding:
+    """What every device of all processes has in whole."""
+    return NamedSharding(by_example().mesh, PartitionSpec())
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

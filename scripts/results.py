@@ -1,21 +1,21 @@
 """What a run leaves in its folder: configuration, metrics by epoch, a summary, a figure; none of them half written."""
 
-import contextlib
-import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
+import figures
 import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
+
+from flaxbn.inference.artifact import replace_file
+from flaxbn.inference.export import installed_version
 
 PACKAGES = ("flaxbn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TRAINING, VALIDATION, TEST = "0.6", "#1f5fa8", "#c8501e"
@@ -127,16 +127,9 @@ def _summarize_mode(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) ->
 
 def versions() -> dict[str, str | int]:
     """The versions of Python and of the packages that decide the numbers, and the devices."""
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: installed_version(name) for name in PACKAGES}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"python": platform.python_version(), **found, "devices": devices, "processes": jax.process_count()}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -168,42 +161,28 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], title: str) -> Non
             ylim=(0, 1.03),
         )
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        figures.leave_open(ax)
     axes[0, 0].set_ylabel("accuracy")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title, fontsize="medium")
-    with replacing(path) as partial:
-        fig.savefig(partial, format="png", dpi=150)
+    figures.save(fig, path)
 
 
 def _draw_curve(ax: Axes, outcome: dict[str, Any], key: str, *, label: str, color: str) -> None:
-    mean, spread = np.array(outcome[key]), np.array(outcome["seed_spread"][key])
-    epochs = np.arange(1, len(mean) + 1)
-    ax.plot(epochs, mean, "o-", label=label, color=color, markersize=3)
-    ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    mean, spread = outcome[key], outcome["seed_spread"][key]
+    figures.draw_band(ax, range(1, len(mean) + 1), mean, spread, label=label, color=color, size=3)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes indented JSON."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_lines(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    with replacing(path) as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Reads what `write_lines` wrote; nothing where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which takes the place of `path` once it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    os.replace(partial, path)

@@ -25,29 +25,28 @@ classes are rare, with and without weights of inverse sampling probability, and 
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import data
 import domain_data
 import domain_results
+import domain_statistics
 import jax
 import numpy as np
+import optax
 import options
-import orbax.checkpoint as ocp
 import processes
-import results
 import training
 import tyro
 import weighting
-from jax.sharding import NamedSharding, PartitionSpec
+from domain_data import domain_batches
+from journal import Journal, keep_journal
 from rich.console import Console
-from rich.progress import Progress
-from training import CNN, accuracy, evaluate, evaluation_batches, train_step, training_batches
+from training import CNN, accuracy, train_step
 
 import flaxbn
 
@@ -55,6 +54,8 @@ WEIGHTED = "turn-shared"
 
 
 class Variant(NamedTuple):
+    """How batches are made of domains, and what the domains have to themselves."""
+
     mixed: bool
     separate: bool
     domain_affine: bool = False
@@ -84,7 +85,7 @@ Name = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(options.Distributed, training.Config):
+class Config(options.Distributed, options.Training):
     """Compares shared and per-domain statistics, in training and at the test, on two data sets of the same classes."""
 
     epochs: int = 15
@@ -112,38 +113,6 @@ class Config(options.Distributed, training.Config):
             self.check_at_least(name, least)
 
 
-def domain_batches(
-    sizes: Sequence[int], batch_size: int, *, mixed: bool, seed: int, epoch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches of an epoch: indices into the domains laid end to end, and their domains, one number if it is one.
-
-    Every domain gives as many examples as the smallest one has.
-    """
-    part = batch_size // len(sizes) if mixed else batch_size
-    steps = min(sizes) // batch_size * (batch_size // part)
-    begins = np.cumsum([0, *sizes])
-    orders = [
-        begins[domain] + training_batches(size, part, seed=seed, epoch=epoch, domain=domain)[:steps]
-        for domain, size in enumerate(sizes)
-    ]
-    numbers = np.arange(len(sizes), dtype=np.int32)
-    for parts in zip(*orders):
-        if mixed:
-            yield np.concatenate(parts), np.repeat(numbers, part)
-        else:
-            yield from zip(parts, numbers)
-
-
-def for_each(batch_stats: Any, names: Sequence[str]) -> Any:
-    """The statistics of a plain model as those of a model with domains, the same for each."""
-    return flaxbn.domains.stack(flaxbn.domains.replicate(batch_stats, names), names)
-
-
-def for_domains(variables: dict[str, Any], variant: Variant, names: Sequence[str]) -> dict[str, Any]:
-    """The variables of a variant for the model with domains."""
-    return variables if variant.separate else {**variables, "batch_stats": for_each(variables["batch_stats"], names)}
-
-
 def accuracies(variables: dict[str, Any], domains: dict[str, tuple], *, model: CNN) -> dict[str, float]:
     """The accuracy on each domain: its split and the batches of that."""
     return {
@@ -153,172 +122,177 @@ def accuracies(variables: dict[str, Any], domains: dict[str, tuple], *, model: C
 
 
 def configure() -> Config:
+    """The command line."""
     return tyro.cli(Config, description=__doc__)
 
 
-def main(config: Config, console: Console) -> None:
-    console.print(config)
-    names = config.datasets
-    batch_size = training.whole_batches(config.batch_size, math.lcm(jax.device_count(), len(names)))
-    if batch_size != config.batch_size:
-        console.print(f"batch size {config.batch_size} -> {batch_size}, a multiple of the devices and the domains")
-        config = dataclasses.replace(config, batch_size=batch_size)
-    by_example = processes.by_example()
-    replicated = NamedSharding(by_example.mesh, PartitionSpec())
+class Prepared(NamedTuple):
+    """What all trainings of a run share."""
 
-    loaded = processes.on_each(lambda: domain_data.load(names, config.data_dir))
-    sizes = [len(dataset.train.labels) for dataset in loaded.values()]
-    if batch_size > min(sizes):
-        raise ValueError(f"--batch-size must be at most {min(sizes)}, the smaller training set: got {batch_size}.")
-    lines = processes.begin(config)
-    joined = data.Split(*map(np.concatenate, zip(*(dataset.train for dataset in loaded.values()))))
-    train = processes.place(joined, replicated)
+    domains: dict[str, data.Dataset]
+    """The data sets by their names, as numpy arrays."""
+    train: data.Split
+    """The training sets end to end, on every device."""
+    validation: dict[str, tuple[data.Split, Any]]
+    """For each domain its validation set, on every device, and the batches of that."""
+    test: dict[str, tuple[data.Split, Any]]
+    """For each domain its test set, on every device, and the batches of that."""
+    num_steps: int
+    """The steps of an epoch."""
+    optimizer: optax.GradientTransformation
+    plain: CNN
+    """The network that knows nothing of domains."""
+    with_domains: dict[bool, CNN]
+    """The network with statistics of each, by whether scale and bias are apart, too."""
+
+    def trained(self, variant: Variant) -> CNN:
+        """The network that is trained."""
+        return self.with_domains[variant.domain_affine] if variant.separate else self.plain
+
+
+def load(config: Config) -> dict[str, data.Dataset]:
+    """The domains, on each process; refuses a batch size that they are too small for."""
+    domains = processes.on_each(lambda: domain_data.load(config.datasets, config.data_dir))
+    smallest = min(domain_data.sizes(domains))
+    if config.batch_size > smallest:
+        raise ValueError(f"--batch-size must be at most {smallest}, the smaller training set: got {config.batch_size}.")
+    return domains
+
+
+def prepare(config: Config, domains: dict[str, data.Dataset]) -> Prepared:
+    """Brings the data to the devices, and makes the networks."""
+    joined = data.Split(*map(np.concatenate, zip(*(dataset.train for dataset in domains.values()))))
     validation, test = (
-        {
-            name: (
-                processes.place(split, replicated),
-                processes.place(evaluation_batches(len(split.labels), batch_size), by_example),
-            )
-            for name, split in zip(names, splits)
-        }
-        for splits in zip(*(dataset[1:] for dataset in loaded.values()))
+        {name: training.to_evaluate(split, config.batch_size) for name, split in zip(domains, splits)}
+        for splits in zip(*(dataset[1:] for dataset in domains.values()))
     )
-    own = processes.own_rows(len(names) * min(sizes))
-    population = {
-        "images": np.concatenate([dataset.train.images[: min(sizes)] for dataset in loaded.values()])[own],
-        "domain": np.repeat(np.arange(len(names), dtype=np.int32), min(sizes))[own],
-    }
-    estimate = functools.partial(
-        flaxbn.estimate_population_stats,
-        call=evaluate,
-        batch_size=batch_size // jax.process_count(),
-        sharding=flaxbn.data_sharding(),
+    num_steps = min(domain_data.sizes(domains)) // config.batch_size * len(domains)
+    network = functools.partial(CNN, domains[config.datasets[0]].num_classes)
+    norm = functools.partial(flaxbn.BatchNorm, num_domains=len(domains))
+    return Prepared(
+        domains,
+        processes.place(joined, processes.everywhere()),
+        validation,
+        test,
+        num_steps,
+        config.optimizer(config.epochs * num_steps),
+        network(flaxbn.BatchNorm),
+        {affine: network(functools.partial(norm, domain_affine=affine)) for affine in (False, True)},
     )
 
-    num_steps = min(sizes) // batch_size * len(names)
-    optimizer = config.optimizer(config.epochs * num_steps)
-    num_classes = loaded[names[0]].num_classes
-    plain = CNN(num_classes, flaxbn.BatchNorm)
-    with_domains = {
-        affine: CNN(num_classes, functools.partial(flaxbn.BatchNorm, num_domains=len(names), domain_affine=affine))
-        for affine in (False, True)
+
+def train(config: Config, prepared: Prepared, run: training.Repetition, journal: Journal) -> training.State:
+    """Trains one network as its variant says."""
+    variant = VARIANTS[run.name]
+    network = {"model": prepared.trained(variant), "optimizer": prepared.optimizer}
+    domain = 0 if variant.separate else None
+    state = training.initial_state(jax.random.key(run.seed), prepared.train.images[:2], domain, **network)
+
+    def batches(epoch: int) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        sizes = domain_data.sizes(prepared.domains)
+        cut = domain_batches(sizes, config.batch_size, mixed=variant.mixed, seed=run.seed, epoch=epoch)
+        alike = processes.by_example() if variant.mixed else processes.everywhere()
+        for index, numbers in cut:
+            domain = processes.place(numbers, alike) if variant.separate else None
+            yield processes.place(index, processes.by_example()), domain
+
+    def validate(variables: dict[str, Any]) -> dict[str, float]:
+        variables = domain_statistics.for_domains(variables, config.datasets, separate=variant.separate)
+        return accuracies(variables, prepared.validation, model=prepared.with_domains[variant.domain_affine])
+
+    return training.fit(
+        jax.device_put(state, processes.everywhere()),
+        prepared.train,
+        run,
+        journal,
+        epochs=config.epochs,
+        num_steps=prepared.num_steps,
+        batches=batches,
+        step=functools.partial(train_step, **network, update=True),
+        validate=validate,
+    )
+
+
+def test(config: Config, prepared: Prepared, run: training.Repetition, state: training.State) -> dict[str, Any]:
+    """Tests a trained network with each kind of statistics, and saves it with all of them."""
+    start, names, variant = time.perf_counter(), config.datasets, VARIANTS[run.name]
+    model = prepared.with_domains[variant.domain_affine]
+    running = domain_statistics.for_domains(jax.device_get(state.variables), names, separate=variant.separate)
+    statistics = domain_statistics.of_tests(
+        running,
+        prepared.domains,
+        model=model,
+        plain=None if variant.domain_affine else prepared.plain,
+        batch_size=config.batch_size,
+    )
+    first, second = flaxbn.domains.unstack(statistics["domain"], names).values()
+    statistics = processes.place(statistics, processes.everywhere())
+    outcome = {
+        "variant": run.name,
+        "test_accuracy": {
+            kind: accuracies(flaxbn.domains.select(running, statistics, kind), prepared.test, model=model)
+            for kind in statistics
+        },
+        "consistent": {kind: variant.consistent(kind) for kind in statistics},
+        "layers": domain_results.distances(second, first),
+        "seconds": time.perf_counter() - start,
     }
-    tests, weightings = [], []
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        runs = list(itertools.product(config.variants, range(config.seeds)))
-        task = progress.add_task("", total=len(runs) * config.epochs * num_steps)
-        for name, seed in runs:
-            variant = VARIANTS[name]
-            tested = with_domains[variant.domain_affine]
-            model = tested if variant.separate else plain
-            state = training.initial_state(
-                jax.random.key(seed),
-                train.images[:2],
-                0 if variant.separate else None,
-                model=model,
-                optimizer=optimizer,
-            )
-            state = jax.device_put(state, replicated)
-            folder = (config.out / "checkpoints" / name / f"seed{seed}").absolute()
-            with training.checkpoint_manager(folder / "state") as checkpoints:
-                state, done = training.restore(checkpoints, state)
-                lines = results.until(lines, done, variant=name, seed=seed)
-                progress.update(task, advance=done * num_steps)
+    training.save_model(run.folder / "model", {"params": state.params, "batch_stats": statistics})
+    return outcome
 
-                for epoch in range(done + 1, config.epochs + 1):
-                    progress.update(task, description=f"{name}, seed {seed}, epoch {epoch}/{config.epochs}")
-                    start, correct = time.perf_counter(), []
-                    for batch, domain in domain_batches(sizes, batch_size, mixed=variant.mixed, seed=seed, epoch=epoch):
-                        index = processes.place(batch, by_example)
-                        domain = processes.place(domain, by_example if variant.mixed else replicated)
-                        state, right = train_step(
-                            state,
-                            train,
-                            index,
-                            domain if variant.separate else None,
-                            model=model,
-                            optimizer=optimizer,
-                            update=True,
-                        )
-                        correct.append(right)
-                        progress.advance(task)
-                    variables = for_domains(state.variables, variant, names)
-                    line = {
-                        "variant": name,
-                        "seed": seed,
-                        "epoch": epoch,
-                        "train_accuracy": int(np.sum(jax.device_get(correct))) / (num_steps * batch_size),
-                        "validation_accuracy": accuracies(variables, validation, model=tested),
-                        "seconds": time.perf_counter() - start,
-                    }
-                    lines.append(line)
-                    if processes.is_first():
-                        results.write_lines(config.out / "metrics.jsonl", lines)
-                    checkpoints.save(epoch, args=ocp.args.StandardSave(state))
-                    console.print(
-                        f"{name:19} seed {seed} epoch {epoch:3} train {line['train_accuracy']:.4f} validation "
-                        + " ".join(f"{a:.4f}" for a in line["validation_accuracy"].values())
-                        + f" {line['seconds']:6.1f} s"
-                    )
 
-            start, trained = time.perf_counter(), jax.device_get(state.variables)
-            running = for_domains(trained, variant, names)
-            statistics = {"running": running["batch_stats"]}
-            if not variant.domain_affine:
-                template = flaxbn.domains.select(
-                    running, flaxbn.domains.unstack(running["batch_stats"], names), names[0]
-                )
-                together = estimate(plain, template, {"images": population["images"]})
-                statistics["shared"] = for_each(together, names)
-            statistics["domain"] = estimate(tested, running, population)
-            first, second = flaxbn.domains.unstack(statistics["domain"], names).values()
-            statistics = processes.place(statistics, replicated)
-            tests.append(
-                {
-                    "variant": name,
-                    "test_accuracy": {
-                        kind: accuracies(flaxbn.domains.select(running, statistics, kind), test, model=tested)
-                        for kind in statistics
-                    },
-                    "consistent": {kind: variant.consistent(kind) for kind in statistics},
-                    "layers": domain_results.distances(second, first),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            training.save_model(folder / "model", {"params": state.params, "batch_stats": statistics})
-            if name == WEIGHTED:
-                estimates = weighting.estimates(
-                    plain,
-                    trained,
-                    loaded[names[0]].train,
-                    imbalance=config.imbalance,
-                    num_samples=config.weighting_samples,
-                    seed=seed,
-                )
-                weightings.append(
-                    {
-                        kind: {
-                            "test_accuracy": accuracy(
-                                flaxbn.domains.select(trained, estimates, kind), *test[names[0]], model=plain
-                            ),
-                            "layers": domain_results.distances(estimates[kind], estimates["balanced"]),
-                        }
-                        for kind in estimates
-                    }
-                )
+def weigh(config: Config, prepared: Prepared, run: training.Repetition, state: training.State) -> dict[str, Any]:
+    """The weighting experiment on a trained network."""
+    name = config.datasets[0]
+    return weighting.compare(
+        prepared.plain,
+        jax.device_get(state.variables),
+        prepared.domains[name].train,
+        prepared.test[name],
+        imbalance=config.imbalance,
+        num_samples=config.weighting_samples,
+        seed=run.seed,
+    )
 
-    if not processes.is_first():
-        return
-    summary = domain_results.summarize(lines, tests)
-    top = {"configuration": config.record(), "versions": results.versions(), "variants": summary}
+
+def report(
+    config: Config,
+    lines: list[dict[str, Any]],
+    tests: list[dict[str, Any]],
+    weightings: list[dict[str, Any]],
+    console: Console,
+) -> None:
+    """Compares the variants: in the folder of the run, and on the terminal."""
+    names, summary = config.datasets, domain_results.summarize(lines, tests)
+    content = {"variants": summary}
     if weightings:
-        top["weighting"] = domain_results.mean_and_spread(weightings)
-    results.write_json(config.out / "summary.json", top)
+        content["weighting"] = domain_results.mean_and_spread(weightings)
+    config.report(**content)
     domain_results.write_figure(config.out / "accuracy.png", summary, names)
     console.print(domain_results.table(summary, names))
     console.print(domain_results.distance_table(summary, names))
     if weightings:
-        console.print(domain_results.weighting_table(top["weighting"], names[0]))
+        console.print(domain_results.weighting_table(content["weighting"], names[0]))
+
+
+def main(config: Config, console: Console) -> None:
+    """Trains, tests and compares the variants."""
+    console.print(config)
+    parts = math.lcm(jax.device_count(), len(config.datasets))
+    config = config.with_whole_batches(parts, "the devices and the domains", console)
+    domains = load(config)
+    lines = processes.begin(config)
+    prepared = prepare(config, domains)
+    runs, tests, weightings = training.repetitions(config, "variant", config.variants, VARIANTS), [], []
+    total = len(runs) * config.epochs * prepared.num_steps
+    with keep_journal(config.out, lines, console, total=total) as journal:
+        for run in runs:
+            state = train(config, prepared, run, journal)
+            tests.append(test(config, prepared, run, state))
+            if run.name == WEIGHTED:
+                weightings.append(weigh(config, prepared, run, state))
+    if processes.is_first():
+        report(config, journal.lines, tests, weightings, console)
 
 
 if __name__ == "__main__":

@@ -18,26 +18,24 @@ Each model is exported for inference, to inference.zip beside its checkpoint, bu
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import data
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import options
-import orbax.checkpoint as ocp
 import processes
 import results
 import training
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
+from journal import Journal, keep_journal
 from rich.console import Console
-from rich.progress import Progress
-from training import CNN, accuracy, evaluation_batches, train_step, training_batches
+from training import CNN, accuracy, train_step, training_batches
 
 import flaxbn
 
@@ -64,7 +62,7 @@ MODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(options.Distributed, training.Config):
+class Config(options.Distributed, options.Training):
     """Compares four ways to use batch normalization on a small image classification set."""
 
     preset: Literal["default", "article"] = "default"
@@ -143,16 +141,29 @@ def configure() -> Config:
     return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
 
 
-def main(config: Config, console: Console) -> None:
-    console.print(config)
-    devices = jax.devices()
-    batch_size = training.whole_batches(config.batch_size, len(devices))
-    if batch_size != config.batch_size:
-        console.print(f"batch size {config.batch_size} -> {batch_size}, a multiple of the {len(devices)} devices")
-        config = dataclasses.replace(config, batch_size=batch_size)
-    by_example = processes.by_example()
-    replicated = NamedSharding(by_example.mesh, PartitionSpec())
+class Prepared(NamedTuple):
+    """What all trainings of a run share."""
 
+    dataset: data.Dataset
+    """The data set, as numpy arrays."""
+    train: data.Split
+    """The training set on every device."""
+    validation: tuple[data.Split, Any]
+    """The validation set on every device, and its batches."""
+    test: tuple[data.Split, Any]
+    """The test set on every device, and its batches."""
+    num_steps: int
+    """The steps of an epoch."""
+    optimizer: optax.GradientTransformation
+    norm: Callable[..., nn.Module]
+
+    def model(self, mode: Mode) -> CNN:
+        """The network of a mode."""
+        return CNN(self.dataset.num_classes, self.norm if mode.normalize else None)
+
+
+def load(config: Config) -> data.Dataset:
+    """The data set, on each process; refuses options that it is too small for."""
     loaded = processes.on_each(lambda: data.load(config.dataset, config.data_dir))
     size = len(loaded.train.labels)
     for name, limit in (("batch_size", size), ("estimate_samples", size)):
@@ -160,103 +171,120 @@ def main(config: Config, console: Console) -> None:
             raise ValueError(
                 f"{results.flag(name)} must be at most {size}, the training examples of {config.dataset}: got {value}."
             )
-    lines = processes.begin(config)
-    train, validation, test = processes.place(loaded, replicated)
-    validation_batches, test_batches = (
-        processes.place(evaluation_batches(len(split.labels), batch_size), by_example) for split in (validation, test)
+    return loaded
+
+
+def prepare(config: Config, dataset: data.Dataset) -> Prepared:
+    """Brings the data to the devices."""
+    num_steps = len(dataset.train.labels) // config.batch_size
+    return Prepared(
+        dataset,
+        processes.place(dataset.train, processes.everywhere()),
+        training.to_evaluate(dataset.validation, config.batch_size),
+        training.to_evaluate(dataset.test, config.batch_size),
+        num_steps,
+        config.optimizer(config.epochs * num_steps),
+        make_norm(config, config.epochs * num_steps),
     )
 
-    num_steps = size // batch_size
-    total_steps = config.epochs * num_steps
-    optimizer = config.optimizer(total_steps)
-    norm = make_norm(config, total_steps)
-    tests = []
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        runs = list(itertools.product(config.modes, range(config.seeds)))
-        task = progress.add_task("", total=len(runs) * total_steps)
-        for name, seed in runs:
-            mode = MODES[name]
-            model = CNN(loaded.num_classes, norm if mode.normalize else None)
-            state = training.initial_state(jax.random.key(seed), train.images[:2], model=model, optimizer=optimizer)
-            state = jax.device_put(state, replicated)
-            folder = (config.out / "checkpoints" / name / f"seed{seed}").absolute()
-            with training.checkpoint_manager(folder / "state") as checkpoints:
-                state, done = training.restore(checkpoints, state)
-                lines = results.until(lines, done, mode=name, seed=seed)
-                progress.update(task, advance=done * num_steps)
 
-                for epoch in range(done + 1, config.epochs + 1):
-                    progress.update(task, description=f"{name}, seed {seed}, epoch {epoch}/{config.epochs}")
-                    start, correct = time.perf_counter(), []
-                    for batch in training_batches(size, batch_size, seed=seed, epoch=epoch):
-                        index = processes.place(batch, by_example)
-                        state, right = train_step(
-                            state, train, index, model=model, optimizer=optimizer, update=mode.update
-                        )
-                        correct.append(right)
-                        progress.advance(task)
-                    line = {
-                        "mode": name,
-                        "seed": seed,
-                        "epoch": epoch,
-                        "train_accuracy": int(np.sum(jax.device_get(correct))) / (num_steps * batch_size),
-                        "validation_accuracy": accuracy(
-                            state.variables, validation, validation_batches, model=model, statistics=mode.validation
-                        ),
-                        "seconds": time.perf_counter() - start,
-                    }
-                    lines.append(line)
-                    if processes.is_first():
-                        results.write_lines(config.out / "metrics.jsonl", lines)
-                    checkpoints.save(epoch, args=ocp.args.StandardSave(state))
-                    console.print(
-                        f"{name:11} seed {seed} epoch {epoch:3} train {line['train_accuracy']:.4f} "
-                        f"validation {line['validation_accuracy']:.4f} {line['seconds']:6.1f} s"
-                    )
+def train(config: Config, prepared: Prepared, run: training.Repetition, journal: Journal) -> training.State:
+    """Trains one network in its mode."""
+    mode = MODES[run.name]
+    network = {"model": prepared.model(mode), "optimizer": prepared.optimizer}
+    state = training.initial_state(jax.random.key(run.seed), prepared.train.images[:2], **network)
 
-            start, variables, moments = time.perf_counter(), state.variables, None
-            if mode.estimate:
-                moments = flaxbn.population_moments(
-                    model,
-                    jax.device_get(variables),
-                    loaded.train.images[processes.own_rows(size, config.estimate_samples)],
-                    batch_size=batch_size // jax.process_count(),
-                    sharding=flaxbn.data_sharding(),
-                )
-                batch_stats = flaxbn.to_batch_stats(moments, jax.device_get(variables["batch_stats"]))
-                variables = {**variables, "batch_stats": processes.place(batch_stats, replicated)}
-            test_accuracy = accuracy(variables, test, test_batches, model=model, statistics="running")
-            seconds = time.perf_counter() - start
-            some = loaded.test.images[:INDEPENDENCE_EXAMPLES]
-            independence = batch_independence(jax.device_get(variables), some, model=model)
-            training.save_model(folder / "model", variables)
-            exporting = (folder / "inference.zip", jax.device_get(variables), some)
-            refused = processes.on_first(functools.partial(export, *exporting, model=model, moments=moments))
-            if refused:
-                console.print(f"{name}, seed {seed}: not exported. {refused}", markup=False, soft_wrap=True)
-            tests.append(
-                {
-                    "mode": name,
-                    "test_accuracy": test_accuracy,
-                    "seconds": seconds,
-                    "batch_independence": independence,
-                    "exported": not refused,
-                }
-            )
+    def batches(epoch: int) -> Iterator[tuple[jax.Array, None]]:
+        size = len(prepared.train.labels)
+        for index in training_batches(size, config.batch_size, seed=run.seed, epoch=epoch):
+            yield processes.place(index, processes.by_example()), None
 
-    if not processes.is_first():
-        return
+    def validate(variables: dict[str, Any]) -> float:
+        return accuracy(variables, *prepared.validation, model=network["model"], statistics=mode.validation)
+
+    return training.fit(
+        jax.device_put(state, processes.everywhere()),
+        prepared.train,
+        run,
+        journal,
+        epochs=config.epochs,
+        num_steps=prepared.num_steps,
+        batches=batches,
+        step=functools.partial(train_step, **network, update=mode.update),
+        validate=validate,
+    )
+
+
+def estimate(config: Config, prepared: Prepared, model: CNN, variables: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The variables with population statistics, and the moments that these come from."""
+    images = prepared.dataset.train.images
+    on_host = jax.device_get(variables)
+    moments = flaxbn.population_moments(
+        model,
+        on_host,
+        images[processes.own_rows(len(images), config.estimate_samples)],
+        batch_size=config.batch_size // jax.process_count(),
+        sharding=flaxbn.data_sharding(),
+    )
+    batch_stats = flaxbn.to_batch_stats(moments, on_host["batch_stats"])
+    return {**variables, "batch_stats": processes.place(batch_stats, processes.everywhere())}, moments
+
+
+def test(
+    config: Config, prepared: Prepared, run: training.Repetition, variables: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Tests a trained network with the statistics of its mode, saves it, and exports it for inference."""
+    start, moments = time.perf_counter(), None
+    mode = MODES[run.name]
+    model = prepared.model(mode)
+    if mode.estimate:
+        variables, moments = estimate(config, prepared, model, variables)
+    test_accuracy = accuracy(variables, *prepared.test, model=model, statistics="running")
+    seconds = time.perf_counter() - start
+    some, on_host = prepared.dataset.test.images[:INDEPENDENCE_EXAMPLES], jax.device_get(variables)
+    independence = batch_independence(on_host, some, model=model)
+    training.save_model(run.folder / "model", variables)
+    exporting = functools.partial(export, run.folder / "inference.zip", on_host, some, model=model, moments=moments)
+    refused = processes.on_first(exporting)
+    if refused:
+        console.print(f"{run.name}, seed {run.seed}: not exported. {refused}", markup=False, soft_wrap=True)
+    return {
+        "mode": run.name,
+        "test_accuracy": test_accuracy,
+        "seconds": seconds,
+        "batch_independence": independence,
+        "exported": not refused,
+    }
+
+
+def report(config: Config, lines: list[dict[str, Any]], tests: list[dict[str, Any]], console: Console) -> None:
+    """Compares the modes: in the folder of the run, and on the terminal."""
     summary = results.summarize(lines, tests)
-    top = {"configuration": config.record(), "versions": results.versions(), "modes": summary}
-    results.write_json(config.out / "summary.json", top)
-    results.write_figure(
-        config.out / "accuracy.png", summary, f"{config.dataset}, learning rate {config.learning_rate:g}"
-    )
+    config.report(modes=summary)
+    title = f"{config.dataset}, learning rate {config.learning_rate:g}"
+    results.write_figure(config.out / "accuracy.png", summary, title)
     console.print(results.table(summary))
     for name, outcome in summary.items():
         for check in outcome["batch_independence"]:
             if not check["independent"]:
                 console.print(f"{name}: predictions are not shown to be independent of the rest of the batch: {check}")
+
+
+def main(config: Config, console: Console) -> None:
+    """Trains, tests and compares the modes."""
+    console.print(config)
+    config = config.with_whole_batches(jax.device_count(), f"the {jax.device_count()} devices", console)
+    loaded = load(config)
+    lines = processes.begin(config)
+    prepared = prepare(config, loaded)
+    runs, tests = training.repetitions(config, "mode", config.modes, MODES), []
+    total = len(runs) * config.epochs * prepared.num_steps
+    with keep_journal(config.out, lines, console, total=total) as journal:
+        for run in runs:
+            state = train(config, prepared, run, journal)
+            tests.append(test(config, prepared, run, state.variables, console))
+    if processes.is_first():
+        report(config, journal.lines, tests, console)
 
 
 if __name__ == "__main__":

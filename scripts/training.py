@@ -1,10 +1,11 @@
-"""What the training scripts share: options, the network, one step, evaluation, the batches of an epoch, devices."""
+"""What the training scripts share: the network, one step, the loop over epochs, evaluation, checkpoints."""
 
-import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import data
 import flax.linen as nn
@@ -14,36 +15,10 @@ import numpy as np
 import optax
 import options
 import orbax.checkpoint as ocp
+import processes
+from journal import Journal
 
 import flaxbn
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(options.Run):
-    """The options of every training."""
-
-    epochs: int = 20
-    """Passes over the training set."""
-    batch_size: int = 64
-    """Examples in a step, over all devices of all processes; rounded up to a multiple of their number."""
-    learning_rate: float = 3e-3
-    """Of Adam."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on: down to zero, or as it began."""
-    seeds: int = 1
-    """Repetitions with other initial weights and another order, 0 to N - 1; means and spreads are reported."""
-
-    def __post_init__(self) -> None:
-        """Refuses what could only fail later."""
-        super().__post_init__()
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1)):
-            self.check_at_least(name, least)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be positive and finite: got {self.learning_rate}.")
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        rate = self.learning_rate
-        return optax.adam(optax.cosine_decay_schedule(rate, steps) if self.schedule == "cosine" else rate)
 
 
 class CNN(nn.Module):
@@ -68,12 +43,15 @@ class CNN(nn.Module):
 
 
 class State(NamedTuple):
+    """What changes from one step to the next."""
+
     params: Any
     batch_stats: Any
     opt_state: Any
 
     @property
     def variables(self) -> dict[str, Any]:
+        """What the network is applied with."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -86,6 +64,7 @@ def initial_state(
     model: CNN,
     optimizer: optax.GradientTransformation,
 ) -> State:
+    """A network that was never trained."""
     variables = model.init(key, images, domain)
     return State(variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"]))
 
@@ -116,18 +95,121 @@ def train_step(
     return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), correct
 
 
+class Repetition(NamedTuple):
+    """One training of a run that compares several: what it is called, and where it is kept."""
+
+    kind: str
+    """What the run compares, modes or variants, in the singular: the field of `name` in the metrics."""
+    name: str
+    seed: int
+    out: pathlib.Path
+    """The folder of the run."""
+    width: int
+    """Characters of the longest name that the run can have."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What tells its metrics from those of the others."""
+        return {self.kind: self.name, "seed": self.seed}
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its checkpoints are kept."""
+        return (self.out / "checkpoints" / self.name / f"seed{self.seed}").absolute()
+
+
+def repetitions(config: options.Training, kind: str, names: Sequence[str], known: Iterable[str]) -> list[Repetition]:
+    """Every training of some modes or variants, which are among the known ones."""
+    width = max(map(len, known))
+    runs = itertools.product(names, range(config.seeds))
+    return [Repetition(kind, name, seed, config.out, width) for name, seed in runs]
+
+
+def fit(
+    state: State,
+    split: data.Split,
+    run: Repetition,
+    journal: Journal,
+    *,
+    epochs: int,
+    num_steps: int,
+    batches: Callable[[int], Iterable[tuple[jax.Array, jax.Array | None]]],
+    step: Callable[..., tuple[State, jax.Array]],
+    validate: Callable[[dict[str, Any]], float | dict[str, float]],
+) -> State:
+    """Trains to the last epoch, from the last checkpoint if there is one, and returns the state at the end.
+
+    After each epoch its metrics go to the journal, and the state to a checkpoint.
+
+    Args:
+        state: that of a network which was never trained, on all devices.
+        split: the training set, on all devices.
+        run: what it is called, and where it is kept.
+        journal: keeps the metrics of all trainings of the run.
+        epochs: how many there are in all.
+        num_steps: the steps of an epoch.
+        batches: for the number of an epoch, from 1, the indices of each batch and its domains, or None.
+        step: `train_step` for the network.
+        validate: takes the variables and gives the accuracy, or that of each domain.
+    """
+    with checkpoint_manager(run.folder / "state") as checkpoints:
+        state, done = restore(checkpoints, state)
+        journal.forget(done, run.record)
+        journal.advance(done * num_steps)
+        for epoch in range(done + 1, epochs + 1):
+            journal.describe(f"{run.name}, seed {run.seed}, epoch {epoch}/{epochs}")
+            start = time.perf_counter()
+            state, train_accuracy = _train_epoch(state, split, journal, batches=batches(epoch), step=step)
+            line = {
+                **run.record,
+                "epoch": epoch,
+                "train_accuracy": train_accuracy,
+                "validation_accuracy": validate(state.variables),
+                "seconds": time.perf_counter() - start,
+            }
+            journal.add(line)
+            checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+            journal.console.print(_told(run, line))
+    return state
+
+
+def _train_epoch(state: State, split: data.Split, journal: Journal, *, batches, step) -> tuple[State, float]:
+    """The state after an epoch, and the share of its examples that were right when their turn came."""
+    correct, size = [], 0
+    for index, domain in batches:
+        state, right = step(state, split, index, domain)
+        correct.append(right)
+        size += len(index)
+        journal.advance()
+    return state, int(np.sum(jax.device_get(correct))) / size
+
+
+def _told(run: Repetition, line: dict[str, Any]) -> str:
+    """The metrics of an epoch as the terminal shows them."""
+    validation = line["validation_accuracy"]
+    by_domain = validation.values() if isinstance(validation, dict) else [validation]
+    return (
+        f"{run.name:{run.width}} seed {run.seed} epoch {line['epoch']:3} "
+        f"train {line['train_accuracy']:.4f} validation {' '.join(f'{accuracy:.4f}' for accuracy in by_domain)} "
+        f"{line['seconds']:6.1f} s"
+    )
+
+
 def evaluate(model: CNN, batch: dict[str, jax.Array | None]) -> jax.Array:
+    """The logits of a batch that may name domains."""
     return model(batch["images"], batch.get("domain"))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "statistics"))
 def count_correct(variables, split: data.Split, index, counted, domain, *, model: CNN, statistics: str) -> jax.Array:
+    """How many examples of a batch are right; those that are not `counted` only fill it up."""
     batch = {"images": split.images[index], "domain": domain}
     logits = flaxbn.apply(model, variables, batch, statistics=statistics, call=evaluate)
     return jnp.sum((logits.argmax(-1) == split.labels[index]) & counted)
 
 
 def accuracy(variables, split: data.Split, batches, domain=None, *, model: CNN, statistics: str = "running") -> float:
+    """The accuracy on a split, in its `evaluation_batches`."""
     correct = [count_correct(variables, split, *batch, domain, model=model, statistics=statistics) for batch in batches]
     return int(np.sum(jax.device_get(correct))) / len(split.labels)
 
@@ -137,6 +219,12 @@ def evaluation_batches(size: int, batch_size: int) -> list[tuple[np.ndarray, np.
     steps = -(-size // batch_size)
     index = np.arange(steps * batch_size).reshape(steps, batch_size)
     return list(zip(index % size, index < size))
+
+
+def to_evaluate(split: data.Split, batch_size: int) -> tuple[data.Split, list[tuple[jax.Array, jax.Array]]]:
+    """A split on every device, and its `evaluation_batches`, each divided among them."""
+    batches = evaluation_batches(len(split.labels), batch_size)
+    return processes.place(split, processes.everywhere()), processes.place(batches, processes.by_example())
 
 
 def training_batches(size: int, batch_size: int, *, seed: int, epoch: int, domain: int = 0) -> np.ndarray:
@@ -174,8 +262,3 @@ def load_variables(folder: pathlib.Path) -> dict[str, Any]:
         saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-
-
-def whole_batches(batch_size: int, parts: int) -> int:
-    """`batch_size`, rounded up to a multiple of `parts`."""
-    return -(-batch_size // parts) * parts

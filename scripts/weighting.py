@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import processes
-from training import evaluate
+from domain_results import distances
+from training import accuracy, evaluate
 
 import flaxbn
 
@@ -53,6 +54,20 @@ def estimates(
             ("weighted", sample, _weight),
             ("unweighted", sample, None),
         )
+    }
+
+
+def compare(
+    model: nn.Module, variables: dict[str, Any], train: data.Split, test: tuple[data.Split, Any], **options: Any
+) -> dict[str, Any]:
+    """For each of the `estimates` from `train` the accuracy on `test`, and how far it is from the balanced one."""
+    found = estimates(model, variables, train, **options)
+    return {
+        kind: {
+            "test_accuracy": accuracy(flaxbn.domains.select(variables, found, kind), *test, model=model),
+            "layers": distances(found[kind], found["balanced"]),
+        }
+        for kind in found
     }
 
 

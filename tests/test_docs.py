@@ -69,7 +69,7 @@ def test_everything_public_is_in_the_reference():
 
 def imported_names(module):
     imports = (node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ImportFrom))
-    return [name.asname for node in imports for name in node.names]
+    return [name.asname for node in imports for name in node.names if name.asname]
 
 
 def public_objects():

@@ -1,17 +1,26 @@
-"""Which positions of an array share statistics: those along some axes, or those of examples of one domain."""
+"""Which positions of an array share statistics: those along some axes, those of one domain, those of several devices.
+
+Moments know nothing of axes: they are sums, and this file says over what. A layer that normalizes images reduces over
+the batch and both spatial axes; one with domains only over the examples of each domain; one that is synchronized over
+the members of a mapped axis as well.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 
 @dataclass(frozen=True)
 class Sharing:
     """Positions along `axes` share statistics; where `domain` is given, only those of examples of one domain do.
+
+    `total` and `count` reduce positions to statistics, of shape (*channels) or (num_domains, *channels), and `spread`
+    goes the other way. What lies between is the same arithmetic for both shapes.
 
     Attributes:
         axes: the axes to reduce, not negative and in ascending order.
@@ -25,7 +34,15 @@ class Sharing:
     num_domains: int | None = None
 
     def total(self, values: Any) -> Any:
-        """Sums a tree of arrays: of shape (*channels), or (num_domains, *channels)."""
+        """Sums a tree of arrays over what shares statistics.
+
+        Args:
+            values: a tree of arrays of the full rank. What is narrower than float32 is summed in float32, since a sum
+                of many halves would soon be larger than what their dtype resolves.
+
+        Returns:
+            A tree of sums of shape (*channels), or (num_domains, *channels).
+        """
         domain = self.domain
         sums = jax.tree.map(lambda v: jnp.sum(v, self._inner, dtype=jnp.promote_types(v.dtype, jnp.float32)), values)
         if domain is None:
@@ -33,14 +50,29 @@ class Sharing:
         return jax.tree.map(lambda v: jax.ops.segment_sum(v, domain, self.num_domains), sums)
 
     def count(self, weights: Array, shape: tuple[int, ...]) -> Array:
-        """The sum of weights of the rank of `shape`, each axis equal to that of `shape` or 1; float32 or wider."""
+        """The sum of weights, without making an array of the size of the values for it.
+
+        An axis along which weights do not vary is multiplied out: a mask of examples is summed over the batch alone,
+        and where there is no mask nothing is left to sum.
+
+        Args:
+            weights: of the rank of `shape`, each axis equal to that of `shape` or 1.
+            shape: that of the values.
+
+        Returns:
+            float32 or wider, shaped as `total` gives it.
+        """
         repeats = math.prod(shape[axis] for axis in self._inner if weights.shape[axis] == 1)
         sums = float(repeats) * jnp.sum(weights, self._inner, dtype=jnp.promote_types(weights.dtype, jnp.float32))
         sums = jnp.broadcast_to(sums, tuple(n for axis, n in enumerate(shape) if axis not in self._inner))
         return sums if self.domain is None else jax.ops.segment_sum(sums, self.domain, self.num_domains)
 
     def spread(self, statistics: Array) -> Array:
-        """Statistics as `total` gives them, shaped to broadcast against the positions."""
+        """Statistics as `total` gives them, shaped to broadcast against the positions.
+
+        With domains each example is given those of its own, and NaN where its number is out of range: a wrong number
+        then shows in the output, where jax would clamp it and take another domain's statistics.
+        """
         if self.domain is not None:
             statistics = statistics.at[self.domain].get(mode="fill", fill_value=jnp.nan)
         return jnp.expand_dims(statistics, self._inner)
@@ -48,3 +80,55 @@ class Sharing:
     @property
     def _inner(self) -> tuple[int, ...]:
         return self.axes if self.domain is None else self.axes[1:]
+
+
+def check_weights(weights: ArrayLike, shape: tuple[int, ...]) -> None:
+    """Weights of another rank than the values would broadcast against the wrong axes without a word: an error.
+
+    Args:
+        weights: of the rank of `shape`, each axis equal to that of `shape` or 1.
+        shape: that of the values.
+    """
+    found = jnp.shape(weights)
+    if len(found) != len(shape) or any(w not in (1, n) for w, n in zip(found, shape)):
+        raise ValueError(
+            f"`weights` must have rank {len(shape)}, each axis equal to that of the values or 1: got weights of shape "
+            f"{found} for values of shape {shape}. Insert axes of length 1 where the weights do not vary."
+        )
+
+
+def members(axis_name: Any, axis_index_groups: Sequence[Sequence[int]] | None) -> int:
+    """How many members of a mapped axis share statistics, in the smallest group; 1 without an axis.
+
+    Args:
+        axis_name: the name of an axis that a transformation under way maps, several of them, or None.
+        axis_index_groups: the groups of members that share, where not all do.
+
+    Raises:
+        NameError: if no transformation maps `axis_name`.
+    """
+    if axis_name is None:
+        return 1
+    if axis_index_groups is not None:
+        return min(len(group) for group in axis_index_groups)
+    return jax.lax.psum(1, axis_name)
+
+
+def values_per_channel(
+    shape: Sequence[int],
+    axes: Sequence[int],
+    axis_name: Any = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> int:
+    """How many values one channel's statistics are computed from, as far as shapes tell; masks may leave fewer.
+
+    A single value is its own mean, and its variance is 0: whoever normalizes by such statistics puts out a constant,
+    whatever goes in. Callers make an error of it.
+
+    Args:
+        shape: that of the values on this member.
+        axes: the axes of it that are reduced.
+        axis_name: the mapped axis whose members share statistics, or None.
+        axis_index_groups: the groups of members that share, where not all do.
+    """
+    return math.prod(shape[axis] for axis in axes) * members(axis_name, axis_index_groups)

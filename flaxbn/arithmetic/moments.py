@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Inexact
+from jaxtyping import Array, Float, Inexact
 
-from flaxbn.arithmetic.groups import Sharing
+from flaxbn.arithmetic.groups import Sharing, check_weights
 
 
 class Moments(NamedTuple):
     """Count, mean and variance of weighted values, one of each for every channel.
+
+    These three are enough to merge: Moments of parts give those of the whole, exactly and in any order, where the
+    variances of parts alone would leave out how far their means lie from each other.
 
     Attributes:
         count: the sum of the weights; the number of values where they are unweighted.
@@ -30,6 +33,12 @@ class Moments(NamedTuple):
 
     All have one shape and are float32, or float64 if the values are; `mean` is complex where the values are. Where
     `count` is 0, so are `mean` and `var`: `Moments(0, 0, 0)` is the zero of `merge`.
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> count, mean, var = flaxbn.measure(jnp.array([1.0, 3.0]), axes=[0])
+        >>> float(count), float(mean), float(var)
+        (2.0, 2.0, 1.0)
     """
 
     count: Float[Array, "*channels"]  # type: ignore[assignment]  # hides tuple.count
@@ -38,7 +47,10 @@ class Moments(NamedTuple):
 
 
 def widen(dtype: Any) -> Any:
-    """The dtype in which values of `dtype` are computed with: float32, or wider if `dtype` is wider."""
+    """The dtype in which values of `dtype` are computed with: float32, or wider if `dtype` is wider.
+
+    Integers are measured in floats too, and complex values stay complex.
+    """
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -65,13 +77,21 @@ def measure(
         Moments of the shape of `x` without `axes`.
 
     Raises:
-        ValueError: if `weights` has another rank than `x` or an axis that is neither 1 nor that of `x`.
+        ValueError: if `axes` lie outside the rank of `x`; if `weights` has another rank than `x` or an axis that is
+            neither 1 nor that of `x`.
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 10.0], [jnp.nan, jnp.nan]])
+        >>> moments = flaxbn.measure(x, axes=[0], weights=jnp.array([[1.0], [1.0], [0.0]]))
+        >>> moments.mean.tolist(), moments.var.tolist()
+        ([2.0, 10.0], [1.0, 0.0])
     """
     if any(not -x.ndim <= axis < x.ndim for axis in axes):
         raise ValueError(f"`axes` must lie within the rank of the values: got {tuple(axes)} for shape {x.shape}.")
     sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
     pivot, deviations = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
-    return deviations._replace(mean=pivot + deviations.mean)
+    return shifted(deviations, pivot)
 
 
 def measure_deviations(
@@ -87,8 +107,16 @@ def measure_deviations(
     """`measure` before rounding: a constant `pivot` and the Moments of `x - pivot`.
 
     The mean of `x` is `pivot + moments.mean`, a sum whose second term is lost to rounding where `|mean|` is large
-    against the standard deviation. With `axis_name` the values are those of all members of that mapped axis, or of
-    the groups of it, as in `merge_across`; two `psum`s.
+    against the standard deviation; `normalize` takes both terms and loses nothing. `shifted` adds them.
+
+    Args:
+        x: the values, real, complex or integer.
+        sharing: which of them share statistics.
+        weights, fast, dtype: as in `measure`.
+        axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s.
+
+    Returns:
+        The pivot and the Moments, float32 or wider, of the shape that `sharing` gives statistics.
     """
     inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     x = x.astype(dtype if inexact else widen(x.dtype))
@@ -96,7 +124,7 @@ def measure_deviations(
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, real)
     else:
-        _check_weights(x, weights)
+        check_weights(weights, x.shape)
         taken = weights > 0
         x = jnp.where(taken, x, 0)
         weights = jnp.where(taken, weights, 0).astype(real)
@@ -121,6 +149,11 @@ def measure_deviations(
     return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(widen(real)))
 
 
+def shifted(moments: Moments, by: Array) -> Moments:
+    """The Moments of `x + by`, from those of `x`: a shift moves the mean and nothing else."""
+    return moments._replace(mean=by + moments.mean)
+
+
 def merge(*moments: Any) -> Any:
     """The Moments of all values behind `moments`: exact for any counts, never an average of variances.
 
@@ -135,6 +168,12 @@ def merge(*moments: Any) -> Any:
 
     Raises:
         ValueError: if there is nothing to merge, or the shapes differ.
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> parts = [flaxbn.measure(jnp.array(values), axes=[0]) for values in ([0.0, 0.0, 0.0], [4.0])]
+        >>> [float(field) for field in flaxbn.merge(*parts)]  # both parts have variance 0
+        [4.0, 1.0, 3.0]
     """
     if not moments:
         raise ValueError("`merge` needs at least one Moments, or one tree of them: got none.")
@@ -142,7 +181,7 @@ def merge(*moments: Any) -> Any:
 
 
 def merge_along(moments: Moments, axis: int = 0) -> Moments:
-    """Merges the Moments that lie along an array axis; `merge_across` does so along a mapped axis."""
+    """Merges the Moments that lie along an array axis, which the result lacks; `merge_across`, along a mapped axis."""
 
     def total(values: Any) -> Any:
         return jax.tree.map(lambda v: jnp.sum(v, axis, keepdims=True), values)
@@ -152,11 +191,13 @@ def merge_along(moments: Moments, axis: int = 0) -> Moments:
 
 
 def merge_deviations_along(pivots: Array, deviations: Moments) -> Moments:
-    """Merges along the leading axis what `measure_deviations` gives: nothing is lost to the rounding of large means."""
+    """Merges along the leading axis what `measure_deviations` gives: nothing is lost to the rounding of large means.
+
+    The parts' pivots differ by much less than they measure, so their differences are exact, and small.
+    """
     count = deviations.count
     common = _pivot(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
-    merged = merge_along(deviations._replace(mean=(pivots - common) + deviations.mean))
-    return merged._replace(mean=common[0] + merged.mean)
+    return shifted(merge_along(shifted(deviations, pivots - common)), common[0])
 
 
 def merge_across(
@@ -171,6 +212,13 @@ def merge_across(
 
     Returns:
         The Moments of all values, the same on all members.
+
+    Examples:
+        >>> import flaxbn, jax, jax.numpy as jnp
+        >>> def mean(x):
+        ...     return flaxbn.merge_across(flaxbn.measure(x, axes=[0]), "devices").mean
+        >>> jax.vmap(mean, axis_name="devices")(jnp.array([[0.0, 2.0], [4.0, 6.0]])).tolist()
+        [3.0, 3.0]
     """
 
     def total(values: Any) -> Any:
@@ -180,7 +228,7 @@ def merge_across(
 
 
 def merge_segments(moments: Moments, segments: Array, num_segments: int) -> Moments:
-    """Merges those of the Moments along axis 0 that have the same number in `segments`."""
+    """Merges those of the Moments along axis 0 that have the same number, in [0, num_segments), in `segments`."""
 
     def total(values: Any) -> Any:
         return jax.tree.map(lambda v: jax.ops.segment_sum(v, segments, num_segments), values)
@@ -209,7 +257,7 @@ def _merge_by(
     count, first = total((moments.count, moments.count * moments.mean))
     pivot = _pivot(first, count)
     merged = _about(spread(pivot), moments.count, moments.mean, moments.var, count, total)
-    return merged._replace(mean=pivot + merged.mean)
+    return shifted(merged, pivot)
 
 
 def _about(pivot: Array, weights: Array, mean: Array, var: Array, count: Array, total: Callable[[Any], Any]) -> Moments:
@@ -248,21 +296,3 @@ def _divisor(count: Array) -> Array:
 def _nonnegative(var: Array) -> Array:
     """Lifts rounding errors below 0 to 0 without a kink: the derivative at 0 stays that of `var`."""
     return var - jax.lax.stop_gradient(jnp.minimum(var, 0))
-
-
-def _check_weights(x: Array, weights: ArrayLike) -> None:
-    shape = jnp.shape(weights)
-    if len(shape) != x.ndim or any(w not in (1, n) for w, n in zip(shape, x.shape)):
-        raise ValueError(
-            f"`weights` must have rank {x.ndim}, each axis equal to that of the values or 1: got weights of shape "
-            f"{shape} for values of shape {x.shape}. Insert axes of length 1 where the weights do not vary."
-        )
-
-
-def members(axis_name: Any, axis_index_groups: Any) -> int:
-    """How many members of a mapped axis share statistics, in the smallest group; 1 without an axis."""
-    if axis_name is None:
-        return 1
-    if axis_index_groups is not None:
-        return min(len(group) for group in axis_index_groups)
-    return jax.lax.psum(1, axis_name)

@@ -1,4 +1,7 @@
-"""Normalization by given statistics, and the running average of statistics."""
+"""Normalization by given statistics, and the running average of statistics.
+
+Where the statistics come from, a batch or a running average, is not seen here: both are constants of one formula.
+"""
 
 from collections.abc import Callable
 
@@ -36,6 +39,13 @@ def normalize(
 
     Returns:
         An array of the shape of `x`, float32 or wider: the caller casts.
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> x = jnp.array([1e4 - 1, 1e4 + 1])
+        >>> mean, var = jnp.array([1e4]), jnp.array([1.0])
+        >>> flaxbn.normalize(x, mean, var, scale=jnp.array([3.0]), epsilon=0.0).tolist()
+        [-3.0, 3.0]
     """
     factor = jax.lax.rsqrt(var + epsilon)
     factor = factor if scale is None else factor * scale
@@ -48,6 +58,17 @@ def normalize(
 def ema(old: Array, new: Array, momentum: float) -> Array:
     """The running average after one update: `momentum * old + (1 - momentum) * new`.
 
-    `momentum` is the weight of the old value, as in Flax (PyTorch's `momentum` is one minus it).
+    `momentum` is the weight of the old value, as in Flax (PyTorch's `momentum` is one minus it). After `n` updates the
+    initial value still weighs `momentum ** n`: at 0.99 a third after 110 updates, 5 % after 300.
+
+    Args:
+        old: the average so far.
+        new: the statistics of this batch, of the shape of `old`.
+        momentum: in [0, 1].
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> flaxbn.ema(jnp.array([0.0, 1.0]), jnp.array([8.0, 1.0]), momentum=0.75).tolist()
+        [2.0, 1.0]
     """
     return momentum * old + (1 - momentum) * new

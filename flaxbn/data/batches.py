@@ -1,10 +1,160 @@
-"""Data, as arrays or as a stream, cut into batches."""
+"""Data, opened once: arrays that are cut into batches, or a stream of batches as they come."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from flaxbn.data.placement import to_auto
+
+
+class Source(NamedTuple):
+    """A batch that has not been read yet.
+
+    Attributes:
+        shape: its arrays as shapes and dtypes.
+        read: gives the arrays; may be called again.
+    """
+
+    shape: Any
+    read: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Samples in memory, cut into batches.
+
+    Attributes:
+        arrays: a tree of numpy or jax arrays, whose leading axis is that of the samples; they stay where they are.
+        chosen: the rows of the samples that are used; None for all.
+        groups: for each batch its samples, as places among those used, in groups of batches of one size: int arrays
+            (batches, size).
+    """
+
+    arrays: Any
+    chosen: np.ndarray | None
+    groups: tuple[np.ndarray, ...]
+
+    def take(self, places: np.ndarray) -> Any:
+        """Some of the samples that are used, by an int array of any shape, which becomes the leading axes."""
+        rows = places if self.chosen is None else self.chosen[places]
+        return jax.tree.map(lambda a: jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else a[rows], self.arrays)
+
+    def on_device(self) -> Any:
+        """All samples that are used, on the default device, or where they are."""
+        if self.chosen is None:
+            return jax.tree.map(jnp.asarray, self.arrays)
+        return jax.tree.map(jnp.asarray, self.take(np.arange(len(self.chosen))))
+
+    def shapes(self) -> list[Any]:
+        """Each batch as shapes and dtypes."""
+        return [abstract(self.arrays, len(rows)) for rows in self._batches()]
+
+    def sources(self) -> list[Source]:
+        """Each batch, to be read when it is needed."""
+        return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches themselves."""
+        return map(self.take, self._batches())
+
+    def _batches(self) -> list[np.ndarray]:
+        return [rows for group in self.groups for rows in group]
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Batches of an iterable, which is read once, cut off exactly at `num_samples` samples.
+
+    A batch is copied when it arrives: loaders fill one buffer again and again, and jax on a CPU may use it in place.
+    """
+
+    batches: Iterable[Any]
+    num_samples: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches as they come."""
+        seen = 0
+        for batch in self.batches:
+            size = count_samples(batch)
+            if self.num_samples is not None:
+                size = min(size, self.num_samples - seen)
+                batch = jax.tree.map(lambda a, size=size: a[:size], batch)
+            if size:
+                yield to_auto(jax.tree.map(_received, batch))
+            seen += size
+            if seen == self.num_samples:
+                return
+        _check_enough(seen, self.num_samples)
+
+    def shapes(self) -> list[Any]:
+        """Each batch as shapes and dtypes; of an iterable that is no sequence only the first is read."""
+        batches = self.batches
+        if not isinstance(batches, Sized) or isinstance(batches, Iterator):
+            raise TypeError(
+                f"A plan needs to know all batches beforehand: got {_described(batches)}, whose length is unknown. "
+                "Give arrays and a `batch_size`, a list of batches, or an iterable with a length."
+            )
+        if not isinstance(batches, Sequence):
+            batches = [next(iter(batches))] * len(batches) if len(batches) else []
+        sizes = [count_samples(batch) for batch in batches]
+        ends = np.cumsum(sizes) if self.num_samples is None else np.minimum(np.cumsum(sizes), self.num_samples)
+        _check_enough(int(ends[-1]) if sizes else 0, self.num_samples)
+        return [abstract(batch, size) for batch, size in zip(batches, np.diff(ends, prepend=0).tolist()) if size]
+
+    def sources(self) -> list[Source]:
+        """All batches, which are read now and held."""
+        return [Source(abstract(batch), partial(_same, batch)) for batch in self]
+
+
+def open_batches(
+    batches: Any, batch_size: int | None, num_samples: int | None = None, *, in_order: bool = False
+) -> Arrays | Stream:
+    """What a user gives as data, checked and cut.
+
+    Args:
+        batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of such
+            pytrees, which are batches as they are.
+        batch_size: the largest number of samples in a batch.
+        num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
+        in_order: let consecutive samples make a batch of exactly `batch_size`, and the rest a smaller one, as in a
+            training that does not shuffle. Otherwise, with `K = ceil(n / batch_size)`, batch k holds the samples k,
+            k + K, k + 2K, ...: all batches are of nearly equal size, and data sorted by class is mixed.
+
+    Raises:
+        TypeError: if `batches` does not fit `batch_size`.
+        ValueError: if a number is not positive, arrays have no common leading axis, or there are too few samples.
+    """
+    check_positive("batch_size", batch_size)
+    check_positive("num_samples", num_samples)
+    _check_kind(batches, batch_size)
+    if batch_size is None:
+        return Stream(batches, num_samples)
+    samples = count_samples(batches)
+    _check_enough(samples, num_samples)
+    arrays = jax.tree.map(_as_array, to_auto(batches))
+    chosen = None if num_samples is None else np.arange(num_samples, dtype=np.int64) * samples // num_samples
+    cut = consecutive_rows if in_order else strided_rows
+    return Arrays(arrays, chosen, cut(num_samples or samples, batch_size))
+
+
+def strided_rows(samples: int, batch_size: int) -> tuple[np.ndarray, ...]:
+    """The rows of batches that take every K-th sample, larger batches first: `(batches, size)` for each size."""
+    count = max(-(-samples // batch_size), 1)
+    larger = samples % count
+    rows = [np.arange(k, samples, count, dtype=np.int32) for k in range(count)]
+    return tuple(np.stack(group) for group in (rows[:larger], rows[larger:]) if group and samples)
+
+
+def consecutive_rows(samples: int, batch_size: int) -> tuple[np.ndarray, ...]:
+    """The rows of batches of consecutive samples, and of a smaller last one: `(batches, size)` for each size."""
+    full = samples // batch_size * batch_size
+    rows = np.arange(samples, dtype=np.int32)
+    return tuple(group for group in (rows[:full].reshape(-1, batch_size), rows[None, full:]) if group.size)
 
 
 def count_samples(arrays: Any) -> int:
@@ -17,7 +167,24 @@ def count_samples(arrays: Any) -> int:
     return shapes[0][0]
 
 
-def check_arrays(batches: Any, batch_size: int | None) -> None:
+def check_positive(name: str, value: int | None) -> None:
+    """An option that counts must be a positive integer."""
+    if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+        raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
+
+
+def abstract(batch: Any, size: int | None = None) -> Any:
+    """The shapes and dtypes that a batch has on a device, with `size` samples if given."""
+
+    def shape(a: Any) -> jax.ShapeDtypeStruct:
+        a = a if isinstance(a, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) else np.asarray(a)
+        dtype = jax.dtypes.canonicalize_dtype(a.dtype, allow_extended_dtype=True)
+        return jax.ShapeDtypeStruct((a.shape[0] if size is None else size, *a.shape[1:]), dtype)
+
+    return jax.tree.map(shape, batch)
+
+
+def _check_kind(batches: Any, batch_size: int | None) -> None:
     """Arrays come with a batch size, and streams without: anything else is an error."""
     is_arrays = isinstance(batches, Mapping) or hasattr(batches, "shape")
     is_arrays |= isinstance(batches, tuple) and all(hasattr(a, "shape") for a in batches)
@@ -33,88 +200,24 @@ def check_arrays(batches: Any, batch_size: int | None) -> None:
         )
 
 
-def check_positive(name: str, value: int | None) -> None:
-    """An option that counts must be a positive integer."""
-    if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-        raise ValueError(f"`{name}` must be a positive integer: got {value!r}.")
-
-
-def chosen_samples(arrays: Any, num_samples: int | None) -> int:
-    """How many samples of the arrays are used."""
-    samples = count_samples(arrays)
-    _check_enough(samples, num_samples)
-    return samples if num_samples is None else num_samples
-
-
-def evenly_spaced(arrays: Any, num_samples: int | None) -> Any:
-    """`num_samples` samples, evenly spaced over the whole; all where it is None."""
-    samples = count_samples(arrays)
-    chosen_samples(arrays, num_samples)
-    if num_samples is None:
-        return arrays
-    chosen = np.arange(num_samples, dtype=np.int64) * samples // num_samples
-    return jax.tree.map(lambda a: a[chosen], arrays)
-
-
-def strided_rows(samples: int, batch_size: int) -> list[np.ndarray]:
-    """Sample indices of all batches, in groups of batches of one size: int arrays (batches, size).
-
-    With `K = ceil(n / batch_size)` batches, batch k holds the samples k, k + K, k + 2K, ...: all batches are of nearly
-    equal size, and data sorted by class is mixed.
-    """
-    count = max(-(-samples // batch_size), 1)
-    larger = samples % count
-    rows = [np.arange(k, samples, count, dtype=np.int32) for k in range(count)]
-    return [np.stack(group) for group in (rows[:larger], rows[larger:]) if group and samples]
-
-
-def stream(batches: Iterable[Any], num_samples: int | None) -> Iterator[Any]:
-    """The batches of an iterable, cut off exactly at `num_samples` samples."""
-    seen = 0
-    for batch in batches:
-        size = count_samples(batch)
-        if num_samples is not None:
-            size = min(size, num_samples - seen)
-            batch = jax.tree.map(lambda a, size=size: a[:size], batch)
-        if size:
-            yield batch
-        seen += size
-        if seen == num_samples:
-            return
-    _check_enough(seen, num_samples)
-
-
-def abstract(batch: Any, size: int | None = None) -> Any:
-    """The shapes and dtypes that a batch has on a device, with `size` samples if given."""
-
-    def shape(a: Any) -> jax.ShapeDtypeStruct:
-        a = a if isinstance(a, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) else np.asarray(a)
-        dtype = jax.dtypes.canonicalize_dtype(a.dtype, allow_extended_dtype=True)
-        return jax.ShapeDtypeStruct((a.shape[0] if size is None else size, *a.shape[1:]), dtype)
-
-    return jax.tree.map(shape, batch)
-
-
-def known_batches(batches: Any, num_samples: int | None) -> list[Any]:
-    """The batches of a sized iterable, in shapes and dtypes; of one that is no sequence only the first is read."""
-    if not isinstance(batches, Sized) or isinstance(batches, Iterator):
-        raise TypeError(
-            f"A plan needs to know all batches beforehand: got {_described(batches)}, whose length is unknown. Give "
-            "arrays and a `batch_size`, a list of batches, or an iterable with a length."
-        )
-    if not isinstance(batches, Sequence):
-        batches = [next(iter(batches))] * len(batches) if len(batches) else []  # type: ignore[call-overload]
-    sizes = [count_samples(batch) for batch in batches]
-    ends = np.cumsum(sizes) if num_samples is None else np.minimum(np.cumsum(sizes), num_samples)
-    _check_enough(int(ends[-1]) if sizes else 0, num_samples)
-    return [abstract(batch, size) for batch, size in zip(batches, np.diff(ends, prepend=0).tolist()) if size]
-
-
 def _check_enough(seen: int, num_samples: int | None) -> None:
+    """Too few samples are an error; none are one where no other process can have some."""
     if seen == 0 and jax.process_count() == 1:
         raise ValueError("The data must hold at least one sample: saw none.")
     if num_samples is not None and seen < num_samples:
         raise ValueError(f"The data must hold `num_samples={num_samples}` samples: saw {seen}.")
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray) else np.asarray(leaf)
+
+
+def _received(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def _same(batch: Any) -> Any:
+    return batch
 
 
 def _described(batches: Any) -> str:

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxbn.data.batches import count_samples
-
 
 def data_sharding() -> NamedSharding:
     """Batches split along their leading axis over all devices of this process.
@@ -99,7 +97,7 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
     """A batch on the device or devices, padded to what divides, and which of its samples are present."""
     if sharding is None:
         return jax.tree.map(jnp.asarray, batch), None
-    size = count_samples(batch)
+    size = len(jax.tree.leaves(batch)[0])
     present = padding(size, shards(sharding))
     if present is not None:
         rows = np.minimum(np.arange(len(present)), size - 1)
@@ -110,13 +108,3 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
 def by_step(sharding: NamedSharding) -> NamedSharding:
     """How batches lie along a leading axis, each of them as `sharding`."""
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-
-
-def laid_out(arrays: Any, rows: np.ndarray, sharding: NamedSharding) -> Any:
-    """Samples by batch, `rows` being (batches, size): of shape (batches, size, ...), each batch lying as `sharding`."""
-
-    def lay_out(a: Any) -> jax.Array:
-        taken = jnp.take(a, rows, axis=0) if isinstance(a, jax.Array) else np.asarray(a)[rows]
-        return jax.device_put(taken, by_step(sharding))
-
-    return jax.tree.map(lay_out, arrays)

@@ -1,39 +1,50 @@
-"""Several processes, each with its own part of the data: what one of them found is told to all."""
+"""Several processes, each with its own part of the data: they fail together, and tell each other what they found."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+T = TypeVar("T")
 
-def together(compute: Callable[[], Any]) -> list[Any]:
-    """What each process computes, a tree of numpy arrays of the same shapes, in the order of the processes.
+_NOTHING_ESTIMATED = (
+    "All processes must reach the merge of their statistics: process {failed} of {count} raised an error, which its "
+    "own log shows. Nothing was estimated."
+)
 
-    All must call it, the same number of times. Where `compute` raises on some, it is raised there, and all others raise
-    an error that names them. With one process it is `[compute()]`.
+
+def on_all(compute: Callable[[], T], message: str = _NOTHING_ESTIMATED) -> T:
+    """What `compute` returns on this process, once it has succeeded on all.
+
+    All must call it, the same number of times. Where `compute` raises on some, it is raised there, and all others
+    raise an error that names them, instead of waiting for ever for what those will not send: `message`, with the
+    numbers of those for `{failed}` and that of all processes for `{count}`.
     """
     if jax.process_count() == 1:
-        return [compute()]
-    error, value = None, None
+        return compute()
     try:
-        value = jax.device_get(compute())
-    except Exception as raised:  # it is told to the others, then raised
-        error = raised
-    failed = _gather(np.asarray(error is not None))
-    if error is not None:
-        raise error
+        value = compute()
+    except Exception:
+        _allgather(np.asarray(True))
+        raise
+    failed = _allgather(np.asarray(False))
     if failed.any():
-        raise RuntimeError(
-            f"All processes must reach the merge of their statistics: process {np.flatnonzero(failed).tolist()} of "
-            f"{jax.process_count()} raised an error, which its own log shows. Nothing was estimated."
-        )
-    gathered = _gather(value)
+        raise RuntimeError(message.format(failed=np.flatnonzero(failed).tolist(), count=jax.process_count()))
+    return value
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, trees of arrays of the same shapes, in the order of the processes; as numpy."""
+    value = jax.device_get(value)
+    if jax.process_count() == 1:
+        return [value]
+    gathered = _allgather(value)
     return [jax.tree.map(lambda a, i=i: a[i], gathered) for i in range(jax.process_count())]
 
 
-def _gather(value: Any) -> Any:
+def _allgather(value: Any) -> Any:
     try:
         return multihost_utils.process_allgather(value)
     except Exception as error:

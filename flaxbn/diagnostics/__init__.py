@@ -1,4 +1,9 @@
-"""Looking at the statistics of a model, never touching them."""
+"""Looking at the statistics of a model, never touching them.
+
+`diagnose` names the trap that a model is in. What it looks at can also be had alone: `compare`, how far stored
+statistics lie from those of data; `batch_noise`, how far those of a batch do; `gap`, what that costs in loss. `table`
+and `figure` show them to people.
+"""
 
 from flaxbn.diagnostics.diagnosis import Diagnosis as Diagnosis
 from flaxbn.diagnostics.diagnosis import diagnose as diagnose
@@ -14,3 +19,7 @@ from flaxbn.diagnostics.report import figure as figure
 from flaxbn.diagnostics.report import table as table
 from flaxbn.models.rows import Row as Row
 from flaxbn.models.rows import rows_of as rows_of
+
+for _value in list(globals().values()):
+    if getattr(_value, "__module__", "").startswith("flaxbn."):
+        _value.__module__ = "flaxbn.diagnostics"

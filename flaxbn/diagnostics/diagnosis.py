@@ -1,39 +1,38 @@
-"""Which trap of batch normalization a model is in."""
+"""Which trap of batch normalization a model is in: the evidence is gathered, then each rule looks at it.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+A rule stands beside the name and the cure of its trap, in one of three families: preconditions, stored statistics,
+composition of batches. It takes the evidence, gives findings, and measures nothing itself.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 from jaxtyping import Array
 
-from flaxbn.arithmetic.moments import is_moments, merge
-from flaxbn.data.batches import count_samples
-from flaxbn.diagnostics.batch_composition import composition
-from flaxbn.diagnostics.drift import Drift, compare
-from flaxbn.diagnostics.findings import HARMLESS_SHARE, Finding, Trap
-from flaxbn.diagnostics.loss_gap import Gap, gap
-from flaxbn.diagnostics.noise import BatchNoise, by_layer, noise_among
-from flaxbn.diagnostics.preconditions import mixing, not_finite, not_finite_loss, not_finite_statistics
-from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches
-from flaxbn.estimation.layer_moments import NotFiniteError
-from flaxbn.estimation.precise import batch_moments
-from flaxbn.layers.linen import BatchRenorm
-from flaxbn.models.arguments import call_directly, check_model
-from flaxbn.models.batch_stats import Path
-from flaxbn.models.linen import Call, trace
-from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
+from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
+from flaxbn.diagnostics.drift import Drift
+from flaxbn.diagnostics.evidence import NoiseByDomain, Subject, gather
+from flaxbn.diagnostics.findings import Finding
+from flaxbn.diagnostics.loss_gap import Gap
+from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
+from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
+from flaxbn.models.arguments import check_model
+from flaxbn.models.linen import Call
 
-_MOSTLY = 0.9
-_PARTS = 8
-_EXAMPLES = 8
+RULES = (not_finite_loss, never_estimated, mixed_domains, lagging_average, alike_batches, small_batches)
+"""`Evidence -> findings`, in the order in which they are reported: what hides other traps comes first."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What `diagnose` found; printed, it is the findings in words.
+
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> print(diagnostics.Diagnosis(findings=()))
+        Nothing is wrong with batch normalization.
 
     Attributes:
         findings: the traps, those that hide others first; empty where nothing is wrong.
@@ -45,9 +44,9 @@ class Diagnosis:
 
     findings: tuple[Finding, ...]
     drift: tuple[Drift, ...] = ()
-    noise: Mapping[Any, tuple[BatchNoise, ...]] | None = None
+    noise: NoiseByDomain | None = None
     gap: Mapping[Any, Gap] | None = None
-    shuffled: Mapping[Any, tuple[BatchNoise, ...]] | None = None
+    shuffled: NoiseByDomain | None = None
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["Nothing is wrong with batch normalization."]
@@ -101,6 +100,16 @@ are too few to say that their order did it |
     Layers of `BatchRenorm` are never found to have such batches: they put out what the running average makes of their
     input.
 
+    Examples:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = np.random.default_rng(0).normal(3, 1, (256, 2)).astype("float32")
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> found = diagnostics.diagnose(model, variables, x, lambda output, batch: output.sum(-1), batch_size=32)
+        >>> [(finding.trap, finding.where) for finding in found.findings]
+        [('never estimated', '(the model itself)')]
+
     Args:
         model: the model.
         variables: its variables with the statistics to be looked at; read only.
@@ -124,128 +133,12 @@ are too few to say that their order did it |
         TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
     """
     check_model(model)
-    chosen = some_batches(batches, batch_size, num_batches)
-    size = count_samples(chosen[0])
-    example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], joined(by_shape(chosen)[0][: -(-_EXAMPLES // size)]))
-    broken = not_finite(model, variables, chosen, example, call) or mixing(model, variables, example, call)
-    if broken:
-        return Diagnosis(tuple(broken))
-    rows = rows_of(model, variables, chosen[0], call=call)
-
-    def measured(batches: Iterable[Any]) -> list[Any]:
-        return [*batch_moments(model, variables, batches, call=call, only=only)]
-
-    def noise_of(groups: Mapping[Any, Sequence[Any]]) -> dict[Any, tuple[BatchNoise, ...]]:
-        return {label: noise_among(group, size, rows, epsilon=epsilon) for label, group in groups.items()}
-
-    try:
-        moments, numbers = measured(chosen), _groups(chosen, domain)
-    except NotFiniteError as error:
-        return Diagnosis((not_finite_statistics(error),))
-    groups = {label: [moments[i] for i in group] for label, group in numbers.items()}
-    noise = noise_of(groups)
-    shuffled = noise_of({k: measured(reshuffled([chosen[i] for i in group])) for k, group in numbers.items()})
-    of_layer = by_layer(record for records in noise.values() for record in records)
-    kept = variables["batch_stats"]
-    drift = compare(kept, _parts(*groups.values()), rows=rows, epsilon=epsilon)
-    ran = {record.layer for record in drift}
-    untouched = [row.name for row in never_estimated(kept, rows) if row.name in ran]
-    far = _apart(moments, groups, noise, rows, epsilon)
-    if not far:
-        far = _furthest("lagging average", [r for r in drift if r.layer not in untouched], of_layer)
-    composed = composition(noise, shuffled, _renormalized(model, variables, chosen[0], call, rows))
-    losses = gap(model, variables, iter(chosen), loss_fn, call=call, domain=domain)
-    findings = (*not_finite_loss(losses[None]), *_never_estimated(untouched, drift), *far, *composed)
-    return Diagnosis(findings, drift, noise, losses, shuffled)
-
-
-def _apart(
-    moments: Sequence[Any],
-    groups: Mapping[Any, Sequence[Any]],
-    noise: Mapping[Any, Any],
-    rows: RowsByLayer,
-    epsilon: float,
-) -> list[Finding]:
-    """The domain that is furthest from the population of all."""
-    pooled = jax.tree.map(lambda m: {"mean": m.mean, "var": m.var}, merge(*moments), is_leaf=is_moments)
-    found = [
-        finding
-        for label, group in groups.items()
-        if label is not None
-        for finding in _furthest(
-            "mixed domains",
-            compare(pooled, _parts(group), rows=rows, epsilon=epsilon),
-            by_layer(noise[label]),
-            f", domain {label}",
-        )
-    ]
-    return sorted(found, key=lambda finding: -finding.number)[:1]
-
-
-def _groups(chosen: Sequence[Any], domain: Callable[[Any], Any] | None) -> dict[Any, list[int]]:
-    """The numbers of batches by domain, where each batch holds one domain; else all of them."""
-    groups: dict[Any, list[int]] = {}
-    if domain is None:
-        return {None: [*range(len(chosen))]}
-    for number, batch in enumerate(chosen):
-        labels = np.unique(np.asarray(domain(batch))).tolist()
-        groups.setdefault(labels[0] if len(labels) == 1 else None, []).append(number)
-    mixed = groups.pop(None, [])
-    if len(groups) < 2 or len(mixed) > (1 - _MOSTLY) * len(chosen):
-        return {None: [*range(len(chosen))]}
-    few = [label for label, group in groups.items() if len(group) < 2]
-    if few:
-        raise ValueError(
-            f"Each domain needs two batches at least: {few} have one. Give more data, or a larger `num_batches`."
-        )
-    return groups
-
-
-def _parts(*groups: Sequence[Any]) -> list[Any]:
-    """The moments of at most eight parts, each of batches of all groups, drawn at random: data may have periods."""
-    count = min(_PARTS, *map(len, groups))
-    orders = [np.random.default_rng(0).permutation(len(group)) for group in groups]
-    return [merge(*(g[k] for g, order in zip(groups, orders) for k in order[i::count])) for i in range(count)]
-
-
-def _never_estimated(names: Sequence[str], drift: Sequence[Drift]) -> list[Finding]:
-    evidence = f"the stored mean is 0 and the variance 1, as `init` leaves them, in {len(names)} of {_all(drift)}."
-    return [Finding.of("never estimated", names[0], len(names), 0, evidence)] if names else []
-
-
-def _all(records: Sequence[Drift]) -> str:
-    return f"{len(records)} {'rows of statistics' if any(r.layer.endswith(']') for r in records) else 'layers'}"
-
-
-def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], place: str = "") -> list[Finding]:
-    """The layer whose output its statistics change most, against what the noise of a batch does."""
-
-    def limit(record: Drift) -> float:
-        return max(noise[record.layer].share, HARMLESS_SHARE)
-
-    known = [record for record in records if record.layer in noise]
-    far = [record for record in known if not record.share <= limit(record)]
-    if not far:
-        return []
-    worst = max(far, key=lambda record: record.share / limit(record))
-    evidence = (
-        f"its statistics change the mean square of what it puts out by {worst.share:.1%}, the noise of a batch by "
-        f"{noise[worst.layer].share:.1%}; {len(far)} of {_all(known)} are far from the population."
+    subject = Subject.of(
+        model, variables, batches, call=call, only=only, batch_size=batch_size, num_batches=num_batches
     )
-    return [Finding.of(trap, worst.layer + place, worst.share, limit(worst), evidence)]
-
-
-def _renormalized(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rows: RowsByLayer
-) -> set[str]:
-    """The rows of `BatchRenorm` layers, which do not put out what the batch makes of their input."""
-    paths: set[Path] = set()
-
-    def note(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, BatchRenorm):
-            paths.add(context.module.path)
-        return method(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        trace(model, variables, batch, call or call_directly, None)
-    return {row.name for path in paths for row in rows.get(path, ())}
+    meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
+    if meaningless:
+        return Diagnosis(tuple(meaningless))
+    evidence = gather(subject, loss_fn, domain, epsilon)
+    findings = tuple(finding for rule in RULES for finding in rule(evidence))
+    return Diagnosis(findings, evidence.drift, evidence.noise, evidence.losses, evidence.shuffled)

@@ -19,7 +19,19 @@ SIGNIFICANT = 3.0
 
 @dataclass(frozen=True)
 class Channels:
-    """A quantity of every channel of a layer, not negative: its median, its 95th percentile and its largest value."""
+    """A quantity of every channel of a layer, not negative, by a few of its values.
+
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> shift = diagnostics.Channels(median=0.1, p95=0.4, worst=2.0)
+        >>> shift.worst / shift.median
+        20.0
+
+    Attributes:
+        median: that of the channel in the middle.
+        p95: that which one channel in twenty exceeds.
+        worst: the largest.
+    """
 
     median: float
     p95: float
@@ -29,6 +41,16 @@ class Channels:
 @dataclass(frozen=True)
 class Drift:
     """How the stored statistics of one layer differ from the population's.
+
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> same = diagnostics.Channels(0.3, 0.3, 0.3)
+        >>> drift = diagnostics.Drift(
+        ...     "norm", channels=8, dead=0, count=1e4, shift=same, log_ratio=same,
+        ...     rms_shift=0.3, rms_log_ratio=0.3, shift_error=0.01, log_ratio_error=0.2,
+        ... )
+        >>> drift.mean_is_significant, drift.var_is_significant, round(drift.share, 2)
+        (True, False, 0.09)
 
     With `s^2 = var + epsilon` of the population, by which the layer divides:
 
@@ -88,6 +110,14 @@ def compare(
 ) -> tuple[Drift, ...]:
     """Stored statistics against those of data, a record for each layer.
 
+    Examples:
+        >>> import flaxbn, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}
+        >>> moments = {"norm": flaxbn.Moments(count=np.full(2, 100.0), mean=np.full(2, 0.5), var=np.ones(2))}
+        >>> [(drift.layer, round(drift.rms_shift, 2)) for drift in diagnostics.compare(stored, moments)]
+        [('norm', 0.5)]
+
     Args:
         batch_stats: the statistics that are stored, running averages say.
         population: moments from `population_moments`; better a list of them, of K independent parts of the data. The
@@ -136,6 +166,10 @@ def compare(
 def _drift(
     name: str, mean: np.ndarray, var: np.ndarray, merged: Moments, parts: Sequence[Moments], epsilon: float
 ) -> Drift:
+    """The record of one row of channels: what is stored against `merged`, whose `parts` tell its error.
+
+    In float64 on the host, so that the difference of a large stored mean and a large measured one is not rounded away.
+    """
     alive = np.asarray(merged.var) > epsilon
     divisor = np.asarray(merged.var, np.float64) + epsilon
     shift = np.abs(mean - np.asarray(merged.mean, np.complex128)) / np.sqrt(divisor)
@@ -157,7 +191,7 @@ def _drift(
 
 
 def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the mean and of the variance."""
+    """Of the mean and of the variance, for each channel, in their own units: `e` of `compare`."""
     count, var = np.asarray(merged.count, np.float64), np.asarray(merged.var, np.float64)
     number = np.sum([part.count > 0 for part in parts], axis=0)
     factor = number / np.maximum(number - 1, 1)
@@ -171,10 +205,12 @@ def _standard_errors(merged: Moments, parts: Sequence[Moments]) -> tuple[np.ndar
 
 
 def _channels(values: np.ndarray) -> Channels:
+    """The values of all channels in short; zeros where every channel is dead."""
     if not len(values):
         return Channels(0.0, 0.0, 0.0)
     return Channels(*(float(v) for v in (np.median(values), np.percentile(values, 95), np.max(values))))
 
 
 def _rms(values: np.ndarray) -> float:
+    """The root mean square; 0 where every channel is dead."""
     return math.sqrt(float(np.mean(np.square(values)))) if len(values) else 0.0

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from flaxbn.data.batches import check_arrays, count_samples
+from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.models.apply import apply
 from flaxbn.models.linen import Call
 
@@ -18,6 +18,12 @@ from flaxbn.models.linen import Call
 @dataclass(frozen=True)
 class Gap:
     """Mean losses on the training data by two kinds of statistics, and on the validation data.
+
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> loss = diagnostics.Gap(batch=0.5, stored=0.75, error=0.01, validation=1.5, samples=1000)
+        >>> loss.normalization, loss.rest
+        (0.25, 0.75)
 
     Attributes:
         batch: on the training data, each batch normalized by its own statistics, as in training.
@@ -63,6 +69,16 @@ def gap(
 
     All are losses of the model in evaluation mode, with the same weights: dropout is off, nothing is augmented.
 
+    Examples:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = np.tile(np.float32([[2.0], [4.0]]), (32, 1))
+        >>> variables = model.init(jax.random.key(0), x)  # mean 0 and variance 1, where 3 and 1 are right
+        >>> loss = diagnostics.gap(model, variables, x, lambda y, batch: (y**2).mean(-1), batch_size=8)[None]
+        >>> round(loss.batch, 1), round(loss.stored, 1), round(loss.normalization, 1)
+        (1.0, 10.0, 9.0)
+
     Args:
         model: the model.
         variables: its variables with the statistics to be looked at; read only.
@@ -106,7 +122,10 @@ def gap(
 def _over(
     batches: Iterable[Any], losses: Callable[[Any], tuple[Array, ...]], domain: Callable[[Any], Any] | None
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The columns of losses of all examples, their labels, and the numbers of their batches."""
+    """The columns of losses of all examples, their labels, and the numbers of their batches.
+
+    Losses are kept for each example, in float64, since the standard error needs to know which ones shared a batch.
+    """
     rows = []
     for number, batch in enumerate(batches):
         size = count_samples(batch)
@@ -123,20 +142,21 @@ def _over(
 
 
 def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterable[Any]:
-    check_arrays(batches, batch_size)
-    if batch_size is None:
-        return batches
-    samples = count_samples(batches)
-    firsts = range(0, samples - batch_size + 1 if full else samples, batch_size)
-    return (jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts)
+    """Batches in the order of the data; of arrays, where `full`, without a smaller last one."""
+    data = open_batches(batches, batch_size, in_order=True)
+    if isinstance(data, Stream) or not full:
+        return data
+    return (data.take(places) for group in data.groups for places in group if len(places) == batch_size)
 
 
 def _distinct(labels: np.ndarray, domain: Callable[[Any], Any] | None) -> list[Any]:
+    """The labels of the domains in ascending order; none where domains are not told apart."""
     return [] if domain is None else np.unique(labels).tolist()
 
 
 @np.errstate(invalid="ignore")  # where losses are infinite, their difference is NaN
 def _record(by_batch: np.ndarray, by_stored: np.ndarray, numbers: np.ndarray, validation: float | None) -> Gap:
+    """The record of some examples, with the numbers of the batches that they lay in."""
     difference = by_stored - by_batch
     sums = np.bincount(numbers, difference - np.mean(difference))
     count = len(np.unique(numbers))

@@ -22,6 +22,14 @@ from flaxbn.models.rows import RowsByLayer, rows_of, seen_rows
 class BatchNoise:
     """The noise that batches of one size bring to one layer.
 
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> noise = diagnostics.BatchNoise(
+        ...     "norm", batch_size=16, mean=0.25, var=0.5, enough=400, typical_share=0.125, batches=64
+        ... )
+        >>> noise.share
+        0.125
+
     With `s^2 = var + epsilon` of the population:
 
     Attributes:
@@ -71,6 +79,15 @@ def batch_noise(
     Batches that are sorted, by class say, stray further: give the samples in the order of training, in which
     consecutive samples make a batch.
 
+    Examples:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = np.random.default_rng(0).normal(3, 1, (1024, 100)).astype("float32")
+        >>> (noise,) = diagnostics.batch_noise(model, model.init(jax.random.key(0), x), x, batch_size=16)
+        >>> round(noise.mean, 2), 16**-0.5
+        (0.25, 0.25)
+
     Args:
         model: the model.
         variables: its variables; read only.
@@ -102,7 +119,18 @@ def batch_noise(
 def noise_among(
     moments: Sequence[Any], batch_size: int, rows: RowsByLayer, *, tolerance: float = 0.1, epsilon: float = 1e-5
 ) -> tuple[BatchNoise, ...]:
-    """`batch_noise` from the moments of at least two batches of one population, as `population_moments` gives them."""
+    """`batch_noise` from the moments of at least two batches of one population, as `population_moments` gives them.
+
+    Args:
+        moments: a tree for each batch.
+        batch_size: how many samples each of them held.
+        rows: which channels of a layer are normalized together.
+        tolerance: for `BatchNoise.enough`.
+        epsilon: what the layers add to the variance.
+
+    Returns:
+        A record for each row that at least two batches reached: of one batch alone no noise is known.
+    """
     each = [by_path(jax.device_get(tree)) for tree in moments]
     records: list[BatchNoise] = []
     for path, merged in by_path(jax.device_get(merge(*moments))).items():
@@ -116,7 +144,7 @@ def noise_among(
 
 
 def by_layer(records: Iterable[BatchNoise]) -> dict[str, BatchNoise]:
-    """The largest noise of each layer."""
+    """The largest noise of each layer, where domains have one of their own."""
     found: dict[str, BatchNoise] = {}
     for record in sorted(records, key=lambda record: record.share):
         found[record.layer] = record

@@ -1,82 +1,117 @@
-"""What makes all else meaningless: values that are not finite, and predictions that depend on the batch."""
+"""Traps that make all else meaningless: values that are not finite, and predictions that depend on the batch.
+
+Their rules look at the subject itself, before evidence is gathered: moments of NaN are NaN, and what a layer receives
+in one batch is not what it would receive in another where examples are mixed. Losses are the exception: they are the
+last thing to be computed, so that all other findings stand beside one that is not finite.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import count_samples
-from flaxbn.diagnostics.findings import Finding
-from flaxbn.diagnostics.loss_gap import Gap
+from flaxbn.diagnostics.evidence import Evidence, Subject
+from flaxbn.diagnostics.findings import Finding, Trap
 from flaxbn.estimation.layer_moments import NotFiniteError
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import call_directly
 from flaxbn.models.batch_stats import named_leaves
 from flaxbn.models.independence import BatchDependenceError, assert_batch_independent, outputs, split
-from flaxbn.models.linen import Call
+
+NOT_FINITE = Trap(
+    "not finite",
+    "Find the batch that did it, and estimate the statistics anew: a running average never forgets it.",
+)
 
 
-def not_finite(
-    model: nn.Module, variables: Mapping[str, Any], batches: Sequence[Any], example: Any, call: Call | None
-) -> list[Finding]:
-    """Statistics, weights, data or outputs for `example` that hold NaN or infinities, and negative variances."""
-    named = {"batch_stats": variables.get("batch_stats", {}), "params": variables.get("params", {})}
-    leaves = [leaf for tree in (named, *({"data": b} for b in batches)) for leaf in _leaves(tree)]
-    wrong = [*dict.fromkeys(name for name, leaf in leaves if not _is_finite(leaf))]
-    stored_leaves = named_leaves(named["batch_stats"])
-    negative = [names for names, leaf in stored_leaves.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
-    wrong += [f"stored {layer_name(names)}" for names in negative]
-    if not wrong:
-        found = outputs(model, variables, example, call or call_directly)
-        wrong = [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
-    evidence = f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} should be finite, variances positive."
-    return [Finding.of("not finite", wrong[0], len(wrong), 0, evidence)] if wrong else []
+def not_finite(subject: Subject) -> list[Finding]:
+    """Statistics, weights, data or outputs that hold NaN or infinities, and variances that are negative.
+
+    `Finding.number` is how many of these there are, `where` the first. Outputs are computed only where all that goes
+    in is finite.
+    """
+    wrong = _not_finite_variables_or_data(subject) or _not_finite_outputs(subject)
+    text = f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} should be finite, variances positive."
+    return [NOT_FINITE.finding(wrong[0], len(wrong), 0, text)] if wrong else []
 
 
-def not_finite_statistics(error: NotFiniteError) -> Finding:
-    """Statistics of a batch that hold NaN or infinities."""
-    return Finding.of("not finite", error.layer, 1, 0, str(error))
+def not_finite_statistics(subject: Subject) -> list[Finding]:
+    """Statistics of a batch that hold NaN or infinities: what a layer receives overflows.
+
+    It names the first layer and the batch; the layers behind it receive what this one made of them.
+    """
+    try:
+        _ = subject.moments  # measured now, and kept for the evidence
+    except NotFiniteError as error:
+        return [NOT_FINITE.finding(error.layer, 1, 0, str(error))]
+    return []
 
 
-def not_finite_loss(loss: Gap) -> list[Finding]:
+def not_finite_loss(evidence: Evidence) -> list[Finding]:
     """Losses that are NaN or infinite where data, statistics and weights are not."""
+    loss = evidence.losses[None]
     wrong = [value for value in (loss.batch, loss.stored) if not math.isfinite(value)]
-    evidence = (
-        f"it should be finite: by the statistics of batches it is {loss.batch}, by the stored ones {loss.stored}."
-    )
-    return [Finding.of("not finite", "loss", len(wrong), 0, evidence)] if wrong else []
+    text = f"it should be finite: by the statistics of batches it is {loss.batch}, by the stored ones {loss.stored}."
+    return [NOT_FINITE.finding("loss", len(wrong), 0, text)] if wrong else []
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def _not_finite_variables_or_data(subject: Subject) -> list[str]:
+    """Their places, each once; a negative variance counts, since its root is NaN."""
+    named = {collection: subject.variables.get(collection, {}) for collection in ("batch_stats", "params")}
+    trees = (named, *({"data": batch} for batch in subject.batches))
+    leaves = [leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    wrong = [*dict.fromkeys(jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf))]
+    stored = named_leaves(named["batch_stats"])
+    negative = [names for names, leaf in stored.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
+    return wrong + [f"stored {layer_name(names)}" for names in negative]
+
+
+def _not_finite_outputs(subject: Subject) -> list[str]:
+    """The outputs for the example, by their place among all that `call` returns."""
+    found = outputs(subject.model, subject.variables, subject.example, subject.call)
+    return [f"output {i}" for i, leaf in enumerate(found) if not _is_finite(leaf)]
 
 
 def _is_finite(leaf: Any) -> bool:
     return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
 
 
-def mixing(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[Finding]:
-    """Outputs that change with the rest of the batch."""
+TRAINING_MODE = Trap(
+    "training mode at inference",
+    "Evaluate with stored statistics (`use_running_average=True`, `train=False` in `call`), and mend whatever else "
+    "reduces over the batch.",
+)
+
+
+def training_mode(subject: Subject) -> list[Finding]:
+    """Outputs that change with the rest of the batch, as those of a layer in training mode do.
+
+    `Finding.number` is the part of an output's size by which it changes without two thirds of the batch.
+    """
     try:
-        assert_batch_independent(model, variables, batch, call=call)
+        assert_batch_independent(subject.model, subject.variables, subject.example, call=subject.call)
     except BatchDependenceError as error:
-        change = _change(model, variables, batch, call or call_directly)
-        evidence = f"without two thirds of a batch the outputs for the rest change by {change:.1%}. {error}"
-        return [Finding.of("training mode at inference", "output", change, 0, evidence)]
+        change = _change_with_the_batch(subject)
+        text = f"without two thirds of a batch the outputs for the rest change by {change:.1%}. {error}"
+        return [TRAINING_MODE.finding("output", change, 0, text)]
     return []
 
 
-def _change(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call) -> float:
-    """By how much of their size outputs change where the batch is smaller."""
-    rows, size = split(count_samples(batch))[0], count_samples(batch)
-    part = outputs(model, variables, jax.tree.map(lambda a: jnp.asarray(a)[rows], batch), call)
+def _change_with_the_batch(subject: Subject) -> float:
+    """By how much of their size outputs change where the batch is a third of itself: the largest of all outputs."""
+    size = count_samples(subject.example)
+    rows = split(size)[0]
+    third = jax.tree.map(lambda a: jnp.asarray(a)[rows], subject.example)
+    found = (outputs(subject.model, subject.variables, batch, subject.call) for batch in (subject.example, third))
     changes = [0.0]
-    for whole, again in zip(outputs(model, variables, batch, call), part):
+    for whole, again in zip(*found):
         if len(whole) == size and len(again) == len(rows):
             difference = np.linalg.norm(np.ravel(whole[rows] - again))
             changes.append(float(difference / max(np.linalg.norm(np.ravel(whole[rows])), np.finfo(np.float32).tiny)))
     return max(changes)
+
+
+PRECONDITIONS = (not_finite, training_mode, not_finite_statistics)
+"""The rules that come first, in this order: where one finds something, nothing else is looked at."""

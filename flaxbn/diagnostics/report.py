@@ -1,4 +1,7 @@
-"""Diagnostics as a table and as a figure, for people."""
+"""Diagnostics as a table and as a figure, for people.
+
+Both need a package that the library does without (`rich`, `matplotlib`), and import it when they are called.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ from flaxbn.diagnostics.noise import BatchNoise, by_layer
 
 DRIFT, BATCH = "#1f5fa8", "#c8501e"
 _LEAST = 1e-6
+"""What is less is drawn here, since a logarithmic axis has no 0: a millionth of these units concerns nobody."""
 _SIDES = (
     ("shift", "rms_shift", "shift_error", "mean", "drift of the mean, standard deviations"),
     ("log_ratio", "rms_log_ratio", "log_ratio_error", "var", "drift of the variance, |log ratio|"),
@@ -24,6 +28,15 @@ def table(found: Diagnosis | Sequence[Drift], *, file: TextIO | None = None) -> 
     For each layer the dead channels of all; of the mean, in standard deviations, and of the logarithm of the variance
     the distance with the standard error of its estimate, marked by `*` where it is more than three of these, and that
     of the worst channel; and where there is a diagnosis the noise of a batch, which a drift exceeds to be a finding.
+
+    Examples:
+        >>> import flaxbn, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}
+        >>> moments = {"norm": flaxbn.Moments(count=np.full(2, 100.0), mean=np.full(2, 0.5), var=np.ones(2))}
+        >>> diagnostics.table(diagnostics.compare(stored, moments))
+        layer dead     mean worst batch log var worst batch
+        norm   0/2 0.5±0.1*   0.5     -   0±0.1     0     -
 
     Args:
         found: from `diagnose`, or records from `compare`.
@@ -59,6 +72,15 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
     three standard errors of the estimate, below which nothing is known; in orange the noise of a batch, if there is a
     diagnosis: what lies to its left has been harmless in training.
 
+    Examples:
+        >>> import flaxbn, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}
+        >>> moments = {"norm": flaxbn.Moments(count=np.full(2, 100.0), mean=np.full(2, 0.5), var=np.ones(2))}
+        >>> figure = diagnostics.figure(diagnostics.compare(stored, moments))  # figure.savefig("drift.png")
+        >>> figure.axes[0].get_xlabel()
+        'drift of the mean, standard deviations'
+
     Raises:
         ModuleNotFoundError: if the package `matplotlib` is not installed.
     """
@@ -93,12 +115,14 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
 
 
 def _parts_of(found: Diagnosis | Sequence[Drift]) -> tuple[Sequence[Drift], Mapping[str, BatchNoise]]:
+    """The records of drift, and the noise of each layer, which only a diagnosis knows."""
     if not isinstance(found, Diagnosis):
         return found, {}
     return found.drift, by_layer(record for group in (found.noise or {}).values() for record in group)
 
 
 def _numbers(record: Drift, noise: BatchNoise | None) -> list[str]:
+    """The cells of one layer: distance with its error, worst channel and noise, of the mean and of the variance."""
     sides = (
         (record.mean_is_significant, record.rms_shift, record.shift_error, record.shift.worst, noise and noise.mean),
         (
@@ -120,6 +144,7 @@ def _numbers(record: Drift, noise: BatchNoise | None) -> list[str]:
 
 
 def _imported(name: str) -> Any:
+    """A module of an optional package; where that is missing, the error says how to install it."""
     try:
         return __import__(name, fromlist=["_"])
     except ModuleNotFoundError as error:

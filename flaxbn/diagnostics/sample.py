@@ -1,4 +1,8 @@
-"""Some batches of training data, to look at."""
+"""Some batches of training data, to look at: drawn from all over where that can be, and drawn anew.
+
+A look at the statistics needs a few dozen batches, not all data. Which they are must not depend on chance, or two looks
+at the same model would differ; so everything that is drawn here is drawn by the same seed each time.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,54 +12,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import check_arrays, check_positive, count_samples
+from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches
 
 
 def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
-    """At least two batches of one size, at most `num_batches`.
+    """At least two batches of one size, at most `num_batches`, composed as in training.
 
     Of arrays batches of consecutive samples, drawn at random, always the same, in their order; of a sequence of batches
-    likewise. Of another iterable the first ones. A smaller last one is left out.
+    likewise. Of another iterable the first ones, since it may have no end. A smaller last one is left out.
+
+    Args:
+        batches: a pytree of arrays with `batch_size`, an iterable of batches without.
+        batch_size: how many consecutive samples are normalized together.
+        num_batches: how many batches are wanted.
+
+    Raises:
+        ValueError: if there are fewer than two batches, or of several sizes.
+        TypeError: if `batches` does not fit `batch_size`.
     """
-    check_positive("batch_size", batch_size)
     check_positive("num_batches", num_batches)
-    check_arrays(batches, batch_size)
-    if batch_size is None:
-        return _full_batches(batches, num_batches)
-    samples = count_samples(batches)
-    count = samples // batch_size
-    if min(count, num_batches) < 2:
+    data = open_batches(batches, batch_size, in_order=True)
+    if isinstance(data, Stream):
+        return _full_batches(data, num_batches)
+    full = data.groups[0]
+    if full.shape[1] != batch_size or min(len(full), num_batches) < 2:
         raise ValueError(
-            f"Two batches are needed at least: got {samples} samples, `batch_size={batch_size}` and "
+            f"Two batches are needed at least: got {count_samples(batches)} samples, `batch_size={batch_size}` and "
             f"`num_batches={num_batches}`."
         )
-    firsts = [number * batch_size for number in _drawn(count, num_batches)]
-    return [jax.tree.map(lambda a, i=i: a[i : i + batch_size], batches) for i in firsts]
+    return [data.take(full[number]) for number in _drawn(len(full), num_batches)]
 
 
 def _drawn(count: int, num_batches: int) -> list[int]:
+    """At most `num_batches` of the numbers from 0 to `count - 1`, in ascending order."""
     return np.sort(np.random.default_rng(0).permutation(count)[:num_batches]).tolist()
 
 
-def _spread(batches: Sequence[Any], num_batches: int) -> list[Any]:
+def _from_all_over(batches: Sequence[Any], num_batches: int) -> list[Any]:
+    """Of more batches than are wanted some, drawn at random, but not a smaller last one."""
     if len(batches) <= num_batches:
         return [*batches]
     last_is_smaller = count_samples(batches[-1]) < count_samples(batches[0])
     return [batches[number] for number in _drawn(len(batches) - last_is_smaller, num_batches)]
 
 
-def _full_batches(batches: Iterable[Any], num_batches: int) -> list[Any]:
-    if isinstance(batches, Sequence):
-        chosen = _spread(batches, num_batches)
+def _full_batches(data: Stream, num_batches: int) -> list[Any]:
+    if isinstance(data.batches, Sequence):
+        some = _from_all_over(data.batches, num_batches)
     else:
-        chosen = [*itertools.islice(batches, num_batches)]
-    sizes = [count_samples(batch) for batch in chosen]
+        some = [*itertools.islice(data, num_batches)]
+    sizes = [count_samples(batch) for batch in some]
     if any(size != sizes[0] for size in sizes[:-1]) or sizes[-1:] > sizes[:1]:
         raise ValueError(
             "Batches must be of one size, that of training, but for a smaller last one, which is left out: got "
             f"{sorted(set(sizes))} samples. Give batches of one size."
         )
-    full = [batch for batch, size in zip(chosen, sizes) if size == sizes[0] > 0]
+    full = [batch for batch, size in zip(some, sizes) if size == sizes[0] > 0]
     if len(full) < 2:
         raise ValueError(
             f"Two batches of one size are needed at least: got batches of {sizes} samples and "
@@ -65,7 +77,7 @@ def _full_batches(batches: Iterable[Any], num_batches: int) -> list[Any]:
 
 
 def joined(batches: Sequence[Any]) -> Any:
-    """The examples of several batches as one."""
+    """The examples of several batches as one batch; numpy arrays stay on the host."""
 
     def join(*parts: Any) -> Any:
         return jnp.concatenate(parts) if isinstance(parts[0], jax.Array) else np.concatenate(parts)
@@ -74,7 +86,7 @@ def joined(batches: Sequence[Any]) -> Any:
 
 
 def by_shape(batches: Iterable[Any]) -> list[list[Any]]:
-    """The batches in groups whose examples have one shape, sequences of one length say."""
+    """The batches in groups whose examples have one shape, sequences of one length say, in the order of the first."""
     groups: dict[Any, list[Any]] = {}
     for batch in batches:
         groups.setdefault(tuple(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)), []).append(batch)
@@ -82,7 +94,10 @@ def by_shape(batches: Iterable[Any]) -> list[list[Any]]:
 
 
 def reshuffled(batches: Sequence[Any]) -> Iterator[Any]:
-    """The same examples, drawn anew into as many batches, those of one shape among themselves; always the same."""
+    """The same examples, drawn anew into as many batches, those of one shape among themselves; always the same.
+
+    What batches would be if their examples were independent: so much of their noise is not due to their order.
+    """
     for group in by_shape(batches):
         size = count_samples(group[0])
         order = np.random.default_rng(0).permutation(size * len(group)).reshape(-1, size)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.data.batches import count_samples
-from flaxbn.estimation.compiled import Setting, Shapes
+from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
 from flaxbn.models.entries import entries_read
 from flaxbn.models.linen import check_layers, trace
@@ -18,7 +18,7 @@ from flaxbn.tracing.primitive import Tap
 from flaxbn.tracing.program import Program
 
 
-class Sites(NamedTuple):
+class LayerCalls(NamedTuple):
     """The taps of a program that belong to the wanted layers.
 
     Attributes:
@@ -48,35 +48,35 @@ class Sites(NamedTuple):
         return jnp.expand_dims(weights, [i for i in range(tap.x.ndim) if i != axis])
 
 
-def find_sites(
-    setting: Setting, shapes: Shapes, form: Callable[[Program, Any], Program] = lambda program, args: program
-) -> Sites:
+def find_calls(
+    options: PassOptions, shapes: Shapes, form: Callable[[Program, Any], Program] = lambda program, args: program
+) -> LayerCalls:
     """Traces the model; `form` may bring the program into another form, given its abstract arguments."""
 
     def traced(arguments: Any) -> Program:
         variables, batch, rngs = arguments
-        program, _ = trace(setting.key.model, variables, batch, setting.call, rngs)
-        check_layers(program, setting.key.model)
+        program, _ = trace(options.key.model, variables, batch, options.call, rngs)
+        check_layers(program, options.key.model)
         return form(program, jax.tree.leaves(arguments))
 
     arguments = variables, batch, rngs = shapes.abstract()
     program = traced(arguments)
     entries = entries_read(program, variables, len(jax.tree.leaves((batch, rngs))))
     layers = stored_layers(variables["batch_stats"])
-    wanted = np.concatenate([np.ravel(layers.entries[path]) for path in setting.wanted])
+    wanted = np.concatenate([np.ravel(layers.entries[path]) for path in options.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
     axes = {}
-    if shapes.present is not None or setting.sample_weight is not None:
+    if shapes.present is not None or options.sample_weight is not None:
         longer = traced(shapes.abstract(grow=1))
         axes = {i: _batch_axis(program, longer, i, count_samples(batch)) for i in found}
-    return Sites(program, found, axes, shapes.present)
+    return LayerCalls(program, found, axes, shapes.present)
 
 
-def sample_weights(setting: Setting, batch: Any, present: Any) -> Array | None:
+def sample_weights(options: PassOptions, batch: Any, present: Any) -> Array | None:
     """The weights of a batch's samples, those of padding 0; None where there are none."""
-    if setting.sample_weight is None:
+    if options.sample_weight is None:
         return None if present is None else present.astype(jnp.float32)
-    weights = jnp.asarray(setting.sample_weight(batch))
+    weights = jnp.asarray(options.sample_weight(batch))
     size = count_samples(batch)
     if weights.shape != (size,):
         raise ValueError(f"`sample_weight` must return one weight per sample, shape ({size},): got {weights.shape}.")

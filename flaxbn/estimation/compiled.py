@@ -1,8 +1,8 @@
 """What a compiled pass over data depends on, and how long it is kept."""
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,8 +12,6 @@ from jaxtyping import Array
 
 from flaxbn.models.batch_stats import Path
 from flaxbn.models.linen import Call
-
-_KEPT = 16
 
 
 class Key:
@@ -39,16 +37,16 @@ class Key:
         return self.by_value and other.by_value and type(self.model) is type(other.model) and self.model == other.model
 
 
-class Setting(NamedTuple):
+class PassOptions(NamedTuple):
     """What a compiled pass depends on, besides shapes."""
 
     key: Key
-    call: Call
+    call: Call | None
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[Path]
     sharding: NamedSharding | None
     by_device: bool
-    options: tuple[Any, ...]
+    tracing: tuple[Any, ...]
 
     @property
     def is_lasting(self) -> bool:
@@ -80,28 +78,23 @@ def shapes_of(variables: Any, batch: Any, rngs: Any, *, present: int | None) -> 
     return Shapes(structure, tuple((a.shape, a.dtype) for a in leaves), present)
 
 
-_kept: OrderedDict[Any, Any] = OrderedDict()
-
-
 class Compiled(dict[Hashable, Any]):
-    """What `make(setting, shapes)` compiles for one estimate, by shapes.
+    """What `make(options, shapes)` compiles for one estimate, by shapes; some of it outlives the estimate.
 
-    The last 16 of the process outlive it, if nothing in their settings can change.
+    What is compiled for a model that can change behind the back of an equal one is not kept.
     """
 
-    def __init__(self, make: Callable[[Setting, Any], Any], setting: Setting) -> None:
-        self._make = make
-        self._setting = setting
+    def __init__(self, make: Callable[[PassOptions, Any], Any], options: PassOptions) -> None:
+        self._make = _make_lasting if options.is_lasting else _make_once
+        self._arguments = make, options
 
     def __missing__(self, shapes: Hashable) -> Any:
-        key = (self._make, self._setting, shapes)
-        if self._setting.is_lasting and key in _kept:
-            _kept.move_to_end(key)
-            self[shapes] = _kept[key]
-        else:
-            self[shapes] = self._make(self._setting, shapes)
-            if self._setting.is_lasting:
-                _kept[key] = self[shapes]
-                while len(_kept) > _KEPT:
-                    _kept.popitem(last=False)
+        self[shapes] = self._make(*self._arguments, shapes)
         return self[shapes]
+
+
+def _make_once(make: Callable[[PassOptions, Any], Any], options: PassOptions, shapes: Hashable) -> Any:
+    return make(options, shapes)
+
+
+_make_lasting = lru_cache(maxsize=16)(_make_once)  # each holds its compiled program, tens of MB for a deep model

@@ -80,8 +80,7 @@ def check_finite(results: Sequence[Result], layers: StoredLayers) -> None:
     for result in results:
         for entries, bad in zip(result.entries, result.first_bad):
             if bad >= 0:
-                path = next(p for p, e in layers.entries.items() if np.isin(e, entries).any())
-                raise NotFiniteError(layer_name(path), result.steps[bad])
+                raise NotFiniteError(layer_name(layers.layer_of(entries)), result.steps[bad])
 
 
 def warn_called_twice(results: Sequence[Result], layers: StoredLayers) -> None:

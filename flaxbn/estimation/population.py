@@ -1,6 +1,6 @@
 """Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -10,14 +10,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.batches import check_arrays, check_positive, evenly_spaced, stream
-from flaxbn.data.placement import own_mesh, to_auto
-from flaxbn.data.processes import together
+from flaxbn.data.batches import Arrays, Stream, open_batches
+from flaxbn.data.placement import own_mesh
+from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
-from flaxbn.estimation.exact.prepare import cut, held
 from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merged_by_layer, warn_called_twice
-from flaxbn.estimation.precise import pass_over_arrays, pass_over_stream
+from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, request
 from flaxbn.models.arguments import check_concrete
 from flaxbn.models.batch_stats import Path, moments_by_path, replace_statistics
@@ -40,6 +39,7 @@ def estimate_population_stats(
     sharding: NamedSharding | None = None,
     normalization_batch: Literal["global", "device"] = "global",
     rngs: Mapping[str, Array] | None = None,
+    check_independence: bool = True,
 ) -> Any:
     """The population statistics of all batch-norm layers, from one pass over data with the weights frozen.
 
@@ -99,6 +99,8 @@ def estimate_population_stats(
             `axis_name`, for statistics that are to resemble those that the weights were trained with. There is then
             no communication between devices until the end of the pass.
         rngs: random keys that `call` needs; each batch gets its own.
+        check_independence: for `method="exact"`, check on one batch that examples do not affect each other; it costs
+            little, and without it a model that mixes them gets statistics that depend on the batch size after all.
 
     Returns:
         A new `batch_stats`: `mean` and `var` of the layers replaced, all else, structure, container types, dtypes and
@@ -131,6 +133,7 @@ def estimate_population_stats(
         sharding=sharding,
         normalization_batch=normalization_batch,
         rngs=rngs,
+        check_independence=check_independence,
     )
     return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
 
@@ -151,6 +154,7 @@ def population_moments(
     sharding: NamedSharding | None = None,
     normalization_batch: Literal["global", "device"] = "global",
     rngs: Mapping[str, Array] | None = None,
+    check_independence: bool = True,
     earlier: Any = None,
 ) -> Any:
     """The Moments behind `estimate_population_stats`, which takes the same arguments and finishes them.
@@ -164,10 +168,8 @@ def population_moments(
         into statistics. Precise moments of different parts of the data merge by `flaxbn.merge` into those of one pass
         over all. Exact ones do not, but for the first layer: deeper ones depend on the statistics of the whole set.
     """
-    prepared: list[tuple[Request, dict[Path, Moments]]] = []
-    found: list[Result] = []
 
-    def prepare() -> Any:
+    def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
         asked = request(
             model,
             variables,
@@ -178,44 +180,44 @@ def population_moments(
             normalization_batch=normalization_batch,
             rngs=rngs,
         )
-        _check_arguments(batches, batch_size, num_samples, method, memory_limit, normalization_batch, earlier)
+        _check_method(method, memory_limit, normalization_batch, earlier)
+        if not isinstance(batches, Iterator):
+            check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
         before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
-        prepared.append((asked, before))
-        return np.zeros(())
+        return asked, open_batches(batches, batch_size, num_samples), before
 
-    together(prepare)
-    asked, before = prepared[0]
+    asked, data, before = on_all(prepare)
 
-    def local() -> Any:
-        with own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
-            found.extend(fetched(_pass(asked, method, batches, batch_size, num_samples, memory_limit)))
-        return merged_by_layer(found, asked.layers)
+    def run() -> list[Result]:
+        with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+            if method == "exact":
+                return fetched([exact_pass(asked, data, memory_limit, check_independence=check_independence)])
+            return fetched(precise_pass(asked, data))
 
-    parts = together(local) if method == "precise" else [local()]
+    def local() -> tuple[list[Result], dict[Path, Moments]]:
+        found = run()
+        return found, merged_by_layer(found, asked.layers)
+
+    # Exact statistics are merged over processes on the way, layer by layer.
+    found, own = on_all(local) if method == "precise" else local()
+    parts = gather(own) if method == "precise" else [own]
     if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
         raise ValueError("The data must hold at least one sample: no process saw any.")
     if before:
-        parts.append({path: before.get(path, Moments(*(np.zeros_like(f) for f in m))) for path, m in parts[0].items()})
+        parts.append({path: before.get(path, _nothing(m)) for path, m in parts[0].items()})
     moments = jax.device_get(merge(*parts)) if len(parts) > 1 else parts[0]
     tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
     warn_called_twice(found, asked.wanted)
     return tree
 
 
-def _check_arguments(
-    batches: Any,
-    batch_size: int | None,
-    num_samples: int | None,
-    method: str,
-    memory_limit: int | None,
-    normalization_batch: str,
-    earlier: Any,
-) -> None:
+def _nothing(like: Moments) -> Moments:
+    return Moments(*map(np.zeros_like, like))  # type: ignore[arg-type]
+
+
+def _check_method(method: str, memory_limit: int | None, normalization_batch: str, earlier: Any) -> None:
     if method not in ("precise", "exact"):
         raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')
-    check_arrays(batches, batch_size)
-    check_positive("batch_size", batch_size)
-    check_positive("num_samples", num_samples)
     check_limit(memory_limit, method)
     if earlier is not None and method != "precise":
         raise ValueError(
@@ -227,21 +229,6 @@ def _check_arguments(
             "Exact statistics are those of the whole set, whatever normalizes together: leave `normalization_batch` at "
             f'"global", got {normalization_batch!r}.'
         )
-    check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
-
-
-def _pass(
-    asked: Request, method: str, batches: Any, batch_size: int | None, num_samples: int | None, limit: int | None
-) -> list[Result]:
-    if batch_size is None:
-        given = map(to_auto, stream(batches, num_samples))
-        if method == "exact":
-            return [exact_pass(asked, lambda: held(given), limit)]
-        return pass_over_stream(asked, given)
-    batches = to_auto(batches)
-    if method == "exact":
-        return [exact_pass(asked, lambda: cut(evenly_spaced(batches, num_samples), batch_size), limit)]
-    return pass_over_arrays(asked, evenly_spaced(batches, num_samples), batch_size)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:

@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.placement import place, with_auto_axes
-from flaxbn.estimation.compiled import Key, Setting
+from flaxbn.estimation.compiled import Key, PassOptions
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import call_directly, check_concrete, check_model
-from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, widened
+from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.linen import Call
 
 
@@ -21,14 +21,14 @@ class Request(NamedTuple):
     """The checked arguments of an estimate, but for the data.
 
     Attributes:
-        setting: what is compiled for it depends on this.
+        options: what the compiled pass depends on, besides shapes.
         variables: on the devices, the statistics in float32 or wider.
         rngs: on the devices.
         layers: all layers that have stored statistics.
         wanted: those to estimate.
     """
 
-    setting: Setting
+    options: PassOptions
     variables: dict[str, Any]
     rngs: dict[str, Any]
     layers: StoredLayers
@@ -55,22 +55,22 @@ def request(
     wanted = _wanted_layers(layers, only, model)
     by_device = _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
-    setting = Setting(
+    options = PassOptions(
         key=Key(model),
-        call=call or call_directly,
+        call=call,
         sample_weight=sample_weight,
         wanted=frozenset(wanted.entries),
         sharding=sharding,
         by_device=by_device,
-        options=_tracing_options(),
+        tracing=_tracing_options(),
     )
     arrays, keys = jax.tree.map(jnp.asarray, (dict(variables), dict(rngs or {})))
     if jax.process_count() > 1:
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
-    arrays = {**arrays, "batch_stats": widened(arrays["batch_stats"])}
+    arrays = dict(with_wide_statistics(arrays))
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
-    return Request(setting, arrays, keys, layers, wanted)
+    return Request(options, arrays, keys, layers, wanted)
 
 
 def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:

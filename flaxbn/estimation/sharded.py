@@ -13,7 +13,7 @@ from flaxbn.tracing.measure import measure_tap, measure_tap_deviations
 from flaxbn.tracing.primitive import Tap
 
 
-def measure_spread(tap: Tap, weights: Array | None, samples: int, sharding: NamedSharding | None) -> Moments:
+def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: NamedSharding | None) -> Moments:
     """`measure_tap` where batches of `samples` samples lie as `sharding`.
 
     Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and

@@ -1,4 +1,8 @@
-"""Models as artifacts for inference, which are refused where their predictions would be wrong."""
+"""Models as artifacts for inference, which are refused where their predictions would be wrong.
+
+A file outlives the session in which its mistakes could have been seen, so every mistake that can be proved is an error
+here: a layer in training mode, statistics that were never estimated, predictions that depend on the batch.
+"""
 
 import contextlib
 import importlib.metadata
@@ -11,16 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import DenyList
 
 from flaxbn.data.batches import count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
-from flaxbn.models.arguments import call_directly, check_concrete, check_model
+from flaxbn.models.arguments import check_concrete, check_model
 from flaxbn.models.batch_stats import Path, by_path, named_leaves, replace_statistics
 from flaxbn.models.evaluation_mode import check_evaluation
 from flaxbn.models.independence import assert_batch_independent
-from flaxbn.models.linen import Call
+from flaxbn.models.linen import Call, evaluate
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -49,6 +52,15 @@ def export_inference(
         predictions = jax.jit(jax.export.deserialize(bytearray(module)).call)(batch)
 
     The same model, written twice by the same versions, gives the same bytes. No source paths are in them.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model, x = nn.Dense(2), np.float32([[1, 2, 3], [4, 5, 6]])
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "model.zip")
+        >>> flaxbn.export_inference(model, model.init(jax.random.key(0), x), x, path, platforms=("cpu",))
+        >>> path.stat().st_size > 0
+        True
 
     Args:
         model: the model, with or without batch-norm layers.
@@ -80,16 +92,15 @@ def export_inference(
             "`example` must hold at least two examples, to see whether they affect each other: got "
             f"{count_samples(example)}."
         )
-    function = call or call_directly
     variables, example = jax.device_get(dict(variables)), jax.tree.map(jnp.asarray, example)
-    check_evaluation(model, variables, example, function)
+    check_evaluation(model, variables, example, call)
     counts = _counts(variables, moments)
     rows = rows_of(model, variables, example, call=call)
     _check_estimated(variables, rows, counts)
     assert_batch_independent(model, variables, example, call=call)
     layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in rows}
     about = {"versions": _versions(), "statistics": layers}
-    exported = _exported(model, variables, example, function, platforms)
+    exported = _exported(model, variables, example, call, platforms)
     _check_containers("What `call` returns", exported.out_tree)
     save(path, exported, about)
 
@@ -103,6 +114,7 @@ def _check_platforms(platforms: Sequence[str]) -> None:
 
 
 def _check_containers(name: str, structure: Any) -> None:
+    """Trees must be of containers that `jax.export` writes without a word about anybody's classes."""
     kind, keys = structure.node_data() or (None, ())
     if kind not in (None, type(None), dict, list, tuple) or (
         kind is dict and not all(isinstance(k, str) for k in keys)
@@ -117,7 +129,11 @@ def _check_containers(name: str, structure: Any) -> None:
 
 
 def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray]:
-    """The count of each layer in `moments`, which must be those that are stored."""
+    """The count of each layer in `moments`, which must be those that are stored.
+
+    Otherwise the file would tell of data that its statistics are not from. They are compared as `to_batch_stats` stores
+    them, rounded to the dtype.
+    """
     if moments is None:
         return {}
     batch_stats = variables.get("batch_stats", {})
@@ -134,6 +150,7 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray
 
 
 def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray]) -> None:
+    """Rows of statistics that run must not be the initial ones; the error names their layers, and which rows."""
     initial: dict[Path, list[str]] = {}
     for row in never_estimated(variables.get("batch_stats", {}), rows, counts):
         initial.setdefault(row.path, []).append(f"[{row.label}]")
@@ -151,14 +168,15 @@ def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[Path, np
 
 
 def _exported(
-    model: nn.Module, variables: Any, example: Any, call: Call, platforms: Sequence[str]
+    model: nn.Module, variables: Any, example: Any, call: Call | None, platforms: Sequence[str]
 ) -> jax.export.Exported:
+    """The module of `call` with the weights inside, for any number of examples."""
     (size,) = jax.export.symbolic_shape("batch")
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), example)
 
     def predict(batch: Any) -> Any:
         weights = jax.tree.map(jnp.asarray, variables)
-        return model.apply(weights, batch, method=call, mutable=DenyList("params"))[0]
+        return evaluate(model, weights, batch, call)
 
     try:
         with _no_source_paths():
@@ -187,10 +205,11 @@ def _no_source_paths() -> Iterator[None]:
 
 def _versions() -> dict[str, str]:
     packages = ("flaxbn", "jax", "jaxlib", "flax")
-    return {**{name: _version(name) for name in packages}, "python": platform.python_version()}
+    return {**{name: installed_version(name) for name in packages}, "python": platform.python_version()}
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a package for records, which must not fail where a package runs from its source."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -198,7 +217,10 @@ def _version(package: str) -> str:
 
 
 def _brief(count: np.ndarray | None) -> Any:
-    """A count as JSON: axes along which it does not change are left out, from the last on."""
+    """A count as JSON: axes along which it does not change are left out, from the last on.
+
+    The channels of a layer nearly always saw the same data, and then one number says so.
+    """
     if count is None:
         return None
     while count.ndim and np.all(count == count[..., :1]):

@@ -1,15 +1,102 @@
-"""What a layer is called with, checked: feature axes, masks, domain numbers."""
+"""What a layer is made and called with, checked.
+
+Options and the mode of a call, feature axes, masks and domain numbers mean the same whoever owns the variables.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
+
+from flaxbn.arithmetic.renorm import Schedule
+
+
+class Options(NamedTuple):
+    """The fields of a layer that decide its arithmetic; they are described at `BatchNorm` and `BatchRenorm`.
+
+    Attributes:
+        label: what the layer is called in messages.
+        r_max, d_max: the bounds of batch renormalization; None for plain batch normalization.
+    """
+
+    label: str
+    axis: Any
+    momentum: float
+    epsilon: float
+    dtype: Any
+    axis_name: Any
+    axis_index_groups: Any
+    use_fast_variance: bool
+    force_float32_reductions: bool
+    num_domains: int | None
+    domain_affine: bool
+    r_max: float | Schedule | None = None
+    d_max: float | Schedule | None = None
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether the layer stores the number of its updates, of which schedules are functions."""
+        return self.r_max is not None
+
+    @property
+    def accepts_single_value(self) -> bool:
+        """Whether one value per channel has an output that depends on it.
+
+        Its own statistics make it 0. With renormalization `d` takes it to what the running average makes of it, if
+        `d` may be anything but 0 from the first update on.
+        """
+        return self.d_max is not None and not callable(self.d_max) and self.d_max > 0
+
+
+class Mode(NamedTuple):
+    """What a call is to do.
+
+    Attributes:
+        use_running_average: normalize by the running average, and not by the batch.
+        update: update the running average with this batch.
+        initializing: variables are being created: nothing is updated, and no mapped axis is asked for.
+    """
+
+    use_running_average: bool
+    update: bool
+    initializing: bool
+
+    @property
+    def measures(self) -> bool:
+        """Whether the statistics of the batch are needed."""
+        return self.update or not self.use_running_average
+
+
+def options_of(layer: Any, label: str) -> Options:
+    """The options of a shell, whose fields have the same names; one without bounds does not renormalize."""
+    return Options(label, **{name: getattr(layer, name) for name in Options._fields[1:] if hasattr(layer, name)})
+
+
+def check_domains(num_domains: Any, domain_affine: bool) -> None:
+    """The fields of a layer with domains; without any, there is nothing to keep parameters for."""
+    if num_domains is not None and (not isinstance(num_domains, int) or num_domains < 1):
+        raise ValueError(f"`num_domains` must be a positive integer: got {num_domains!r}.")
+    if domain_affine and num_domains is None:
+        raise ValueError("`domain_affine` needs `num_domains`: got none.")
+
+
+def check_bounds(r_max: Any, d_max: Any) -> None:
+    """The bounds of renormalization, where they are numbers: what a schedule returns is not known before training."""
+    for name, bound, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not callable(bound) and not bound >= least:
+            raise ValueError(f"`{name}` must be at least {least}, or a schedule: got {bound}.")
 
 
 def feature_axes(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:
-    """The feature axes of an input of rank `ndim`, not negative and in ascending order."""
+    """The feature axes of an input of rank `ndim`, not negative and in ascending order.
+
+    Those are the axes of the channels, in the order in which statistics and parameters have them.
+
+    Raises:
+        ValueError: if an axis lies outside the rank, or two are the same.
+    """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"`axis` must lie within the rank of the input: got axis {axis} for an input of rank {ndim}.")
@@ -19,8 +106,21 @@ def feature_axes(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def position_weights(mask: Array, shape: tuple[int, ...], features: tuple[int, ...]) -> Array:
-    """The weights in `mask`, of the rank of the input; a mask of any shape but the two allowed is an error."""
+def position_weights(mask: ArrayLike, shape: tuple[int, ...], features: tuple[int, ...]) -> Array:
+    """The weights in `mask`, of the rank of the input.
+
+    Only two shapes are allowed: a mask (B,) that broadcast against an input (B, C) with B = C would mask channels, and
+    nobody would be told.
+
+    Args:
+        mask: bool or float, of the rank of the input, each axis equal to that of it or 1; or, with one feature axis,
+            of exactly its shape without that axis.
+        shape: that of the input.
+        features: its feature axes.
+
+    Raises:
+        ValueError: if the mask has another shape.
+    """
     mask = jnp.asarray(mask)
     without_features = tuple(n for axis, n in enumerate(shape) if axis not in features)
     if len(features) == 1 and mask.shape == without_features:
@@ -38,7 +138,22 @@ def position_weights(mask: Array, shape: tuple[int, ...], features: tuple[int, .
 def domain_of(
     domain: Any, num_domains: int | None, shape: tuple[int, ...], features: tuple[int, ...]
 ) -> Int[Array, "..."] | None:
-    """The domain numbers of a call, a scalar or one for each example; what is out of range is `num_domains`."""
+    """The domain numbers of a call, a scalar or one for each example; what is out of range is `num_domains`.
+
+    Args:
+        domain: what the layer is called with: None, an int, or integers of shape () or (batch,).
+        num_domains: that of the layer, None for one without domains.
+        shape: that of the input.
+        features: its feature axes.
+
+    Returns:
+        int32, or None for a layer without domains.
+
+    Raises:
+        ValueError: if a domain is missing, does not belong, has another shape or is a Python number out of range. A
+            traced number cannot be looked at: out of range it gives NaN.
+        TypeError: if it is not of integers.
+    """
     if num_domains is None:
         if domain is not None:
             raise ValueError("`domain` belongs to a layer with `num_domains`: got one without.")

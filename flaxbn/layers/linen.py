@@ -1,22 +1,20 @@
-"""`BatchNorm` and `BatchRenorm` for flax.linen: shells that own the variables and call the ground floor."""
+"""`BatchNorm` and `BatchRenorm` for flax.linen: shells that own variables, and compute nothing.
 
-import math
+What their call does with them is `flaxbn.layers.core.run_layer`.
+"""
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import optax
-from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Inexact, Int, Shaped
 
-from flaxbn.arithmetic.groups import Sharing
-from flaxbn.arithmetic.moments import Moments, measure_deviations, members, widen
-from flaxbn.arithmetic.normalize import ema, normalize
-from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction, paper_d_max, paper_r_max
-from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
-from flaxbn.layers.names import layer_name
+from flaxbn.arithmetic.renorm import Schedule, paper_d_max, paper_r_max
+from flaxbn.layers.arguments import Mode, check_bounds, check_domains, feature_axes, options_of
+from flaxbn.layers.core import run_layer
+from flaxbn.layers.names import layer_label
+from flaxbn.layers.running_average import Stored, initial_steps, stored_dtype
 
 
 class BatchNorm(nn.Module):
@@ -58,6 +56,15 @@ class BatchNorm(nn.Module):
         num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
             call takes `domain`. For training and inference on several datasets with shared weights.
         domain_affine: keep a `scale` and a `bias` for each domain, too.
+
+    Examples:
+        >>> import flaxbn, jax, jax.numpy as jnp
+        >>> layer = flaxbn.BatchNorm(momentum=0.5)
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        >>> y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        >>> jnp.round(y, 3).tolist(), updated["batch_stats"]["mean"].tolist()
+        ([[-1.0, -1.0], [1.0, 1.0]], [1.0, 10.0])
     """
 
     use_running_average: bool | None = None
@@ -78,10 +85,7 @@ class BatchNorm(nn.Module):
     domain_affine: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_domains is not None and (not isinstance(self.num_domains, int) or self.num_domains < 1):
-            raise ValueError(f"`num_domains` must be a positive integer: got {self.num_domains!r}.")
-        if self.domain_affine and self.num_domains is None:
-            raise ValueError("`domain_affine` needs `num_domains`: got none.")
+        check_domains(self.num_domains, self.domain_affine)
         super().__post_init__()
 
     @nn.compact
@@ -122,120 +126,34 @@ class BatchNorm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = not use_running_average if update_running_average is None else update_running_average
-        update = update and not self.is_initializing()
-        x = jnp.asarray(x)
-        features = feature_axes(x.ndim, self.axis)
-        others = tuple(axis for axis in range(x.ndim) if axis not in features)
-        weights = None if mask is None else position_weights(mask, x.shape, features)
-        if weights is not None:
-            x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
-        domain = domain_of(domain, self.num_domains, x.shape, features)
-        if update and not self.is_mutable_collection("batch_stats"):
+        mode = Mode(use_running_average, update and not self.is_initializing(), self.is_initializing())
+        if mode.update and not self.is_mutable_collection("batch_stats"):
             raise ValueError(_immutable_message(self))
-
-        channels = tuple(x.shape[axis] for axis in features)
-        stored_mean, stored_var, scale, bias = self._variables(channels, x.dtype)
-        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-
-        measured = update or not use_running_average
-        if domain is not None and domain.ndim == 0 and measured and self._members_may_differ(features):
-            domain = jnp.broadcast_to(domain, x.shape[:1])
-        row = domain if domain is not None and domain.ndim == 0 else None
-        sharing = Sharing(others) if row is not None else Sharing(others, domain, self.num_domains)
-        if self.domain_affine:
-            scale, bias = _row(scale, row), _row(bias, row)
-        running = _Statistics(_row(stored_mean.value, row), _row(stored_var.value, row))
-        pivot, residual, var = running.mean, None, running.var
-        if measured:
-            batch_pivot, deviation = self._measure(x, sharing, weights)
-            batch = deviation._replace(mean=batch_pivot + deviation.mean)
-            seen = batch.count > self._least_count(sharing, mask)
-        if not use_running_average:
-            pivot = jnp.where(seen, batch_pivot, running.mean)
-            if row is not None:
-                pivot = jnp.where(row < stored_mean.value.shape[0], pivot, jnp.nan)
-            residual, var = jnp.where(seen, deviation.mean, 0), jnp.where(seen, batch.var, running.var)
-            about_pivot = _Statistics(residual, var), _Statistics(running.mean - pivot, running.var)
-            scale, bias = self._training_affine(*about_pivot, scale, bias, row)
-        if update:
-            usable = seen & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
-            for variable, old, new in zip((stored_mean, stored_var), running, batch[1:]):
-                variable.value = _with_row(variable.value, row, _updated(old, new, self.momentum, usable))
-        if update or self.is_initializing():
-            self._count_update(jnp.any(usable, [-1 - i for i in range(len(channels))]) if update else None, row)
-
-        y = normalize(
-            x,
-            pivot,
-            var,
-            scale=_leading(scale, pivot),
-            bias=_leading(bias, pivot),
-            epsilon=self.epsilon,
-            residual=residual,
-            spread=sharing.spread,
-        )
-        return y.astype(dtype)
+        x = jnp.asarray(x)
+        options = options_of(self, layer_label(self))
+        channels = tuple(x.shape[axis] for axis in feature_axes(x.ndim, self.axis))
+        mean, var, scale, bias = self._variables(channels, x.dtype)
+        if mode.initializing and options.counts_updates:
+            self.put_variable("batch_stats", "steps", initial_steps(self.num_domains))
+        stored = Stored(mean.value, var.value, self.get_variable("batch_stats", "steps", None))
+        y, stored = run_layer(options, mode, x, stored, scale, bias, mask=mask, domain=domain)
+        if mode.update:
+            mean.value, var.value = stored.mean, stored.var
+            if options.counts_updates:
+                self.put_variable("batch_stats", "steps", stored.steps)
+        return y
 
     @nn.nowrap
     def _variables(
         self, channels: tuple[int, ...], dtype: Any
     ) -> tuple[nn.Variable[Any], nn.Variable[Any], Array | None, Array | None]:
         shape = channels if self.num_domains is None else (self.num_domains, *channels)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, _stored_dtype(dtype))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored_dtype(dtype))
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         affine_shape = shape if self.domain_affine else channels
         scale = self.param("scale", self.scale_init, affine_shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None
         return mean, var, scale, bias
-
-    @nn.nowrap
-    def _measure(self, x: Array, sharing: Sharing, weights: Array | None) -> tuple[Array, Moments]:
-        axis_name = None if self.is_initializing() else self.axis_name
-        values = math.prod(x.shape[axis] for axis in sharing.axes) * members(axis_name, self.axis_index_groups)
-        if values == 1 and not self.is_initializing() and not self._accepts_single_value():
-            raise ValueError(_single_value_message(self, x.shape))
-        return measure_deviations(
-            x,
-            sharing,
-            weights=weights,
-            fast=self.use_fast_variance,
-            dtype=None if self.force_float32_reductions else (self.dtype or x.dtype),
-            axis_name=axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
-
-    @nn.nowrap
-    def _members_may_differ(self, features: tuple[int, ...]) -> bool:
-        """Whether members of `axis_name` may run different domains, which are then told apart by example."""
-        if self.axis_name is None or self.is_initializing():
-            return False
-        if 0 in features:
-            raise ValueError(
-                "With `num_domains` and `axis_name` the leading axis of x must be that of examples: got feature axes "
-                f"{features}."
-            )
-        return True
-
-    @nn.nowrap
-    def _least_count(self, sharing: Sharing, mask: Array | None) -> int:
-        """Statistics of this weight or less are not used; a domain's single value would have a constant output."""
-        single = sharing.domain is not None and not self._accepts_single_value()
-        return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
-
-    @nn.nowrap
-    def _accepts_single_value(self) -> bool:
-        return False
-
-    @nn.nowrap
-    def _training_affine(
-        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None, row: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        del batch, running, row
-        return scale, bias
-
-    @nn.nowrap
-    def _count_update(self, updated: Array | None, row: Array | None) -> None:
-        del updated, row
 
 
 class BatchRenorm(BatchNorm):
@@ -251,111 +169,33 @@ class BatchRenorm(BatchNorm):
     Adds to `batch_stats` the number of updates, `steps`, int32: read in training only, 0 where it is missing.
 
     Attributes:
-        r_max: the bound of `r`: a number of at least 1, or an optax schedule of `steps`.
-        d_max: the bound of `|d|`: a number of at least 0, or an optax schedule of `steps`.
+        r_max: the bound of `r`: a number of at least 1, or a schedule: a function of `steps`, such as those of optax.
+        d_max: the bound of `|d|`: a number of at least 0, or a schedule likewise.
+
+    Examples:
+        >>> import flaxbn, jax, jax.numpy as jnp
+        >>> layer = flaxbn.BatchRenorm(r_max=3.0, d_max=5.0)
+        >>> x = jnp.array([[0.5], [1.5]])
+        >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)  # mean 0, variance 1
+        >>> y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        >>> bool(jnp.allclose(y, x, rtol=1e-4)), int(updated["batch_stats"]["steps"])  # as in evaluation
+        (True, 1)
     """
 
-    r_max: float | optax.Schedule = paper_r_max
-    d_max: float | optax.Schedule = paper_d_max
+    r_max: float | Schedule = paper_r_max
+    d_max: float | Schedule = paper_d_max
 
     def __post_init__(self) -> None:
-        for name, least in (("r_max", 1), ("d_max", 0)):
-            bound = getattr(self, name)
-            if not callable(bound) and not bound >= least:
-                raise ValueError(f"`{name}` must be at least {least}, or a schedule: got {bound}.")
+        check_bounds(self.r_max, self.d_max)
         super().__post_init__()
-
-    @nn.nowrap
-    def _accepts_single_value(self) -> bool:
-        return not callable(self.d_max) and self.d_max > 0
-
-    @nn.nowrap
-    def _training_affine(
-        self, batch: Statistics, running: Statistics, scale: Array | None, bias: Array | None, row: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        if jnp.iscomplexobj(batch.mean):
-            raise TypeError(
-                f"BatchRenorm takes real input, since its offset d is clipped: got {batch.mean.dtype}. "
-                "Use BatchNorm for complex input."
-            )
-        steps = _row(self._steps(), row)
-        bounds = (_scheduled(b, steps) for b in (self.r_max, self.d_max))
-        r_max, d_max = (_expanded(b, batch.var.ndim) for b in bounds)
-        corrected = correction(batch, running, r_max=r_max, d_max=d_max, epsilon=self.epsilon)
-        return corrected_affine(corrected, _leading(scale, batch.var), _leading(bias, batch.var))
-
-    @nn.nowrap
-    def _count_update(self, updated: Array | None, row: Array | None) -> None:
-        steps = self._steps()
-        if updated is not None:
-            steps = _with_row(steps, row, _row(steps, row) + updated)
-        self.put_variable("batch_stats", "steps", steps.astype(jnp.int32))
-
-    @nn.nowrap
-    def _steps(self) -> Array:
-        """The stored step count, also where averaging tools have made it a float."""
-        missing = jnp.zeros(() if self.num_domains is None else (self.num_domains,), jnp.int32)
-        return jnp.round(jnp.asarray(self.get_variable("batch_stats", "steps", missing))).astype(jnp.int32)
-
-
-class _Statistics(NamedTuple):
-    mean: Array
-    var: Array
-
-
-def _row(a: Any, row: Array | None) -> Any:
-    return a if a is None or row is None else a.at[row].get(mode="fill", fill_value=None)
-
-
-def _with_row(a: Array, row: Array | None, new: Array) -> Array:
-    return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")
-
-
-def _scheduled(bound: float | optax.Schedule, steps: Array) -> Any:
-    """A bound at a step, or at each of several: schedules take one."""
-    if not callable(bound):
-        return bound
-    return jax.vmap(bound)(steps) if steps.ndim else bound(steps)
-
-
-def _expanded(bound: Any, ndim: int) -> Any:
-    """A bound for each domain, shaped to broadcast against statistics; one bound for all as it is."""
-    bound = jnp.asarray(bound)
-    return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
-
-
-def _leading(a: Array | None, like: Array) -> Array | None:
-    return None if a is None else a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
-
-
-def _updated(old: Array, new: Array, momentum: float, usable: Array) -> Array:
-    dtype = jnp.promote_types(widen(old.dtype), _stored_dtype(new.dtype))
-    old = old.astype(dtype)
-    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
-
-
-def _stored_dtype(dtype: Any) -> Any:
-    return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
 
 
 def _immutable_message(layer: nn.Module) -> str:
     return (
-        f"{type(layer).__name__} {_path(layer)} updates its running average, so the collection 'batch_stats' must be "
+        f"{layer_label(layer)} updates its running average, so the collection 'batch_stats' must be "
         "mutable: it is not. Either\n"
         '- pass `mutable=["batch_stats"]` to `apply`, and keep the collection that it returns; or\n'
         "- to normalize by batch statistics without an update, pass `update_running_average=False`, or call "
         '`flaxbn.apply(model, variables, batch, statistics="batch")`; or\n'
         "- inside `nn.scan`, list 'batch_stats' in `variable_axes` or `variable_carry`."
     )
-
-
-def _single_value_message(layer: nn.Module, shape: tuple[int, ...]) -> str:
-    return (
-        f"{type(layer).__name__} {_path(layer)} normalizes by batch statistics, which needs more than one value per "
-        f"channel: got an input of shape {shape} with feature axis {layer.axis}, so its output would be constant. "
-        "Use a larger batch (drop a last batch of one), or `use_running_average=True` for evaluation."
-    )
-
-
-def _path(layer: nn.Module) -> str:
-    return f"'{layer_name(layer.path)}'"

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from flaxbn.models.arguments import call_directly, check_model
-from flaxbn.models.batch_stats import widened
+from flaxbn.models.arguments import check_model
+from flaxbn.models.batch_stats import with_wide_statistics
 from flaxbn.models.entries import entries_read
-from flaxbn.models.linen import Call, check_layers, is_array, trace
+from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
@@ -29,6 +29,16 @@ def apply(
     nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
     `jax.grad` and `jax.vmap`.
 
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> x = np.float32([[1.0], [3.0]])
+        >>> variables = model.init(jax.random.key(0), x)  # mean 0 and variance 1, never updated
+        >>> flaxbn.apply(model, variables, x, statistics="batch").round(2).tolist()
+        [[-1.0], [1.0]]
+        >>> flaxbn.apply(model, variables, x).round(2).tolist()
+        [[1.0], [3.0]]
+
     Args:
         model: the model.
         variables: its variables, `batch_stats` included; read only.
@@ -47,15 +57,14 @@ def apply(
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
     check_model(model)
-    if "batch_stats" in variables:
-        variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
+    variables = with_wide_statistics(variables)
     leaves, structure = jax.tree.flatten(batch)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
 
     def run(module: Any, arrays: list[Any]) -> Any:
         given = iter(arrays)
         restored = [next(given) if is_array(leaf) else leaf for leaf in leaves]
-        return (call or call_directly)(module, jax.tree.unflatten(structure, restored))
+        return call_or_default(call)(module, jax.tree.unflatten(structure, restored))
 
     program, finish = trace(model, variables, arrays, run, None)
     switched = set()

@@ -6,13 +6,12 @@ import flax.linen as nn
 import jax
 
 
-def call_directly(module: Any, batch: Any) -> Any:
-    """The default of `call`."""
-    return module(batch)
-
-
 def check_model(model: Any) -> None:
-    """A model must be a module, not a function in which its layers cannot be seen."""
+    """A model must be a module, not a function in which its layers cannot be seen.
+
+    Raises:
+        TypeError: if it is anything else, its bound `apply` method or a compiled function say.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
@@ -21,7 +20,15 @@ def check_model(model: Any) -> None:
 
 
 def check_concrete(name: str, tree: Any) -> None:
-    """Arguments must be arrays, not what a transformation traces."""
+    """Arguments must be arrays, not what a transformation traces: the functions here compile by themselves.
+
+    Args:
+        name: what the user calls the argument.
+        tree: the argument.
+
+    Raises:
+        TypeError: if a leaf is traced.
+    """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             f"`{name}` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "

@@ -1,4 +1,9 @@
-"""The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go."""
+"""The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go.
+
+A layer is whatever holds a `mean` and a `var` of one shape, and each channel of each layer has a number of its own.
+A call of a layer inside a scan, a vmap or a shared module reads some of these, in any order: run on the numbers in the
+place of the means, a traced model tells which. Moments of calls then merge by number, and come back as a tree.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +17,7 @@ from flaxbn.arithmetic.moments import Moments, is_moments, merge_segments, widen
 from flaxbn.layers.names import layer_name, layer_path
 
 Path = tuple[str, ...]
+"""The keys on the way to a layer in `batch_stats`; empty for a model that is a single layer."""
 
 _merge_segments = jax.jit(merge_segments, static_argnums=2)
 
@@ -28,9 +34,18 @@ class StoredLayers(NamedTuple):
     entries: dict[Path, np.ndarray]
     total: int
 
+    def layer_of(self, numbers: np.ndarray) -> Path:
+        """The first layer that holds one of these numbers."""
+        return next(path for path, own in self.entries.items() if np.isin(own, numbers).any())
+
 
 def stored_layers(batch_stats: Any) -> StoredLayers:
-    """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape."""
+    """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape.
+
+    Raises:
+        ValueError: if there are 2**23 channels or more. The numbers, and the numbers plus their total, go through
+            float32 in the place of means, and float32 tells integers apart below 2**24.
+    """
     shapes = {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
     entries, total = {}, 0
     for names, shape in shapes.items():
@@ -45,25 +60,27 @@ def stored_layers(batch_stats: Any) -> StoredLayers:
     return StoredLayers(entries, total)
 
 
-def widened(batch_stats: Any) -> Any:
-    """`batch_stats` with the statistics of all layers in float32 or wider."""
-    layers = stored_layers(batch_stats)
+def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`variables` with the statistics of all layers in float32 or wider, as the tracer computes with them."""
+    if "batch_stats" not in variables:
+        return variables
+    layers = stored_layers(variables["batch_stats"])
 
     def wide(path: Any, leaf: Any) -> Any:
         names = dict_names(path)
         is_statistic = names[:-1] in layers.entries and names[-1] in ("mean", "var")
         return jnp.asarray(leaf, widen(leaf.dtype)) if is_statistic else leaf
 
-    return jax.tree_util.tree_map_with_path(wide, batch_stats)
+    return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(wide, variables["batch_stats"])}
 
 
 def all_entries(layers: StoredLayers) -> np.ndarray:
-    """The numbers of all entries."""
+    """The numbers of all entries, which `flat_statistics` and `collect` use as places, less 1."""
     return np.arange(1, layers.total + 1)
 
 
 def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
-    """The stored means and variances of all entries, by number."""
+    """The stored means and variances of all entries: entry n at place n - 1, in host memory."""
     leaves = named_leaves(batch_stats)
     mean, var = (
         np.concatenate([np.ravel(jax.device_get(leaves[(*path, name)])) for path in layers.entries])
@@ -73,7 +90,15 @@ def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray,
 
 
 def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:
-    """Merges moments of calls into those of the entries that the calls read."""
+    """Merges moments of calls into those of the entries that the calls read.
+
+    Args:
+        contributions: for each call the numbers that it reads, and moments of the same shape.
+        layers: where the numbers belong.
+
+    Returns:
+        For each layer the moments of its channels; of count 0 where no call read them.
+    """
     parts = list(contributions)
     entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
     fields = [np.concatenate([np.zeros(0, np.float32), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3)]
@@ -93,7 +118,11 @@ def by_path(moments: Any) -> dict[Path, Any]:
 
 
 def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
-    """A tree of earlier moments by path, which must be those of `layers`."""
+    """A tree of earlier moments by path.
+
+    Raises:
+        ValueError: if they are not of exactly these layers, in their shapes.
+    """
     found = by_path(moments)
     shapes = {path: np.shape(value.mean) if is_moments(value) else None for path, value in found.items()}
     wanted = {path: entries.shape for path, entries in layers.entries.items()}
@@ -107,7 +136,19 @@ def moments_by_path(moments: Any, layers: StoredLayers) -> dict[Path, Moments]:
 
 
 def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> Any:
-    """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was."""
+    """`batch_stats` with `mean` and `var` of the layers in the tree `moments` replaced, and all else as it was.
+
+    Each leaf keeps its dtype, and where it was put on particular devices, its place.
+
+    Args:
+        batch_stats: the old tree.
+        moments: a tree as `population_moments` returns.
+        keep_unseen: whether channels without data keep what they have, where it is an error otherwise.
+
+    Raises:
+        ValueError: if `moments` do not fit, a channel saw no data, or a value overflows the dtype that it is stored in.
+        TypeError: if a mean is complex and the stored one is not.
+    """
     found = by_path(moments)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
     _check_places(found, named_leaves(batch_stats), keep_unseen)
@@ -129,6 +170,7 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
 
 
 def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
+    """Each place must be a layer of what is stored, in its shape and of its kind of numbers, and have seen data."""
     for path, value in moments.items():
         old = stored.get((*path, "mean"))
         if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
@@ -159,7 +201,7 @@ def name_unseen(path: Path, moments: Moments) -> str:
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
-    """The layers that `only` accepts."""
+    """The layers that `only` accepts, by their path joined by "/"; all where it is None. Numbers stay as they are."""
     return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_path(p))})
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from flaxbn.models.batch_stats import dict_names, stored_layers
-from flaxbn.tracing.program import UNKNOWN, Program
+from flaxbn.tracing.known import UNKNOWN, read_by_taps
+from flaxbn.tracing.program import Program
 
 
 def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: int) -> list[np.ndarray | None]:
@@ -27,7 +28,7 @@ def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: i
 
         leaves = [known(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]]
         with jax.ensure_compile_time_eval():
-            return program.read_by_taps(leaves + [UNKNOWN] * other_leaves)[1]
+            return read_by_taps(program, leaves + [UNKNOWN] * other_leaves)[1]
 
     return [_entries(*pair, layers.total) for pair in zip(means(0), means(layers.total))]
 

@@ -6,15 +6,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import DenyList
 
-from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, layer_label, observing, running_function
+from flaxbn.layers.names import layer_label
+from flaxbn.models.linen import DROPOUT_CALL, LAYER_CALLS, Call, evaluate, observing, running_function
 
 
-def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call) -> None:
+def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> None:
     """A batch-norm layer that normalizes by the batch or updates its average, or dropout that is on, is an error.
 
-    The model is traced; nothing is computed.
+    What a layer was told is looked at where it runs, since a model may tell each of its layers something else; the
+    model is traced for that, and nothing is computed.
+
+    Raises:
+        ValueError: naming the first such layer, and what it does.
     """
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -29,7 +33,7 @@ def check_evaluation(model: nn.Module, variables: Mapping[str, Any], batch: Any,
 
     def forward(variables: Any, batch: Any) -> None:
         with nn.intercept_methods(intercept), observing("modes"):
-            model.apply(variables, batch, method=call, mutable=DenyList("params"))
+            evaluate(model, variables, batch, call)
 
     jax.eval_shape(forward, variables, batch)
 

@@ -8,22 +8,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import DenyList
 
 from flaxbn.arithmetic.moments import Moments, merge, widen
 from flaxbn.data.batches import count_samples
-from flaxbn.models.arguments import call_directly, check_model
-from flaxbn.models.batch_stats import widened
-from flaxbn.models.linen import Call, is_array, trace
+from flaxbn.models.arguments import check_model
+from flaxbn.models.batch_stats import with_wide_statistics
+from flaxbn.models.linen import Call, evaluate, is_array, trace
 from flaxbn.tracing.measure import measure_tap
 from flaxbn.tracing.primitive import Tap
 
 _TOLERANCE = 1e-3
-_UNITS = 4  # of rounding, in half precision
+"""Of a standard deviation or a variance: a thousand times what rounding in float32 comes to."""
+_UNITS = 4
+"""Of rounding, where those exceed the tolerance: in half precision one unit is 1e-3 and more."""
 
 
 class BatchDependenceError(ValueError):
-    """What is computed for an example changes with the others of its batch."""
+    """What is computed for an example changes with the others of its batch.
+
+    Examples:
+        >>> import flaxbn
+        >>> issubclass(flaxbn.BatchDependenceError, ValueError)
+        True
+    """
 
 
 def assert_batch_independent(
@@ -39,6 +46,17 @@ def assert_batch_independent(
     unlike examples. Then each array that `call` returns with the examples along its leading axis must have the same
     rows, within 1e-3 of its root mean square.
 
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model, x = nn.Dense(2), np.float32([[1.0], [2.0], [4.0]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> flaxbn.assert_batch_independent(model, variables, x)
+        >>> try:
+        ...     flaxbn.assert_batch_independent(model, variables, x, call=lambda m, b: m(b - b.mean()))
+        ... except flaxbn.BatchDependenceError as error:
+        ...     print(str(error).partition(":")[0])
+        Each example must be evaluated by itself
+
     Args:
         model: the model, with or without batch-norm layers.
         variables: its variables; read only.
@@ -53,18 +71,20 @@ def assert_batch_independent(
     check_model(model)
     if count_samples(batch) < 2:
         raise ValueError("`batch` must hold at least two examples, to be cut into parts: got one.")
-    function = call or call_directly
     whole = jax.tree.map(jnp.asarray, batch)
     parts = [jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in split(count_samples(whole))]
-    layers, found = _stored_moments(model, variables, whole, function)
-    measured = [_stored_moments(model, variables, part, function)[1] for part in parts]
+    layers, found = _stored_moments(model, variables, whole, call)
+    measured = [_stored_moments(model, variables, part, call)[1] for part in parts]
     variances = [moments.var + jnp.mean(moments.var) for moments, _ in found]
     check_parts(layers, found, [_merge_all(pair) for pair in zip(*measured)], variances)
-    _check_outputs(*(outputs(model, variables, part, function) for part in (whole, *parts)))
+    _check_outputs(*(outputs(model, variables, part, call) for part in (whole, *parts)))
 
 
 def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of two uneven parts, interleaved, so that parts are no blocks that a model might respect."""
+    """The rows of two parts of a batch: every third example, and the others.
+
+    They are uneven and interleaved, so that they are no blocks that a model might respect, halves or pairs say.
+    """
     rows = np.arange(samples)
     return rows[::3], np.delete(rows, np.s_[::3])
 
@@ -73,6 +93,16 @@ def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any
     """The moments of the whole, `(Moments, dtype of the values)` for each call, against those of its parts, merged.
 
     Differences are measured by `variances`: those of many samples, since a few can have next to none.
+
+    Args:
+        layers: what each call is named in a message.
+        whole: for each call the moments of the whole batch, in the order of execution: the first that differs is next
+            behind what mixes.
+        parts: for each call those of the parts, merged.
+        variances: for each call what counts as one standard deviation, squared, of each channel.
+
+    Raises:
+        BatchDependenceError: naming the first call whose moments differ.
     """
     for layer, (moments, dtype), (again, _), var in zip(layers, whole, parts, variances, strict=True):
         if _differ(jax.device_get(moments), jax.device_get(again), jax.device_get(var), dtype):
@@ -86,6 +116,10 @@ def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any
 
 
 def _differ(whole: Moments, parts: Moments, var: np.ndarray, dtype: Any) -> bool:
+    """Whether moments of values of `dtype` differ by more than rounding does, in any channel that both have seen.
+
+    A channel far from 0 loses of its variance what rounding costs its mean, which the power of the layer stands for.
+    """
     seen = (whole.count > 0) & (parts.count > 0)
     rounding = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.inexact) else widen(dtype)).eps)
     tolerance = max(_TOLERANCE, _UNITS * rounding)
@@ -97,13 +131,15 @@ def _differ(whole: Moments, parts: Moments, var: np.ndarray, dtype: Any) -> bool
 
 
 def _merge_all(parts: Sequence[Any]) -> Any:
+    """Of one call: the merged moments of all parts, and the dtype, which is that of each."""
     return merge(*(moments for moments, _ in parts)), parts[0][1]
 
 
-def _stored_moments(model: nn.Module, variables: Any, batch: Any, call: Call) -> tuple[list[str], list[Any]]:
+def _stored_moments(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None
+) -> tuple[list[str], list[Any]]:
     """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
-    if "batch_stats" in variables:
-        variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
+    variables = with_wide_statistics(variables)
     program, _ = trace(model, variables, batch, call, None)
 
     def on_tap(tap: Tap) -> Any:
@@ -113,18 +149,19 @@ def _stored_moments(model: nn.Module, variables: Any, batch: Any, call: Call) ->
     return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))
 
 
-def outputs(model: nn.Module, variables: Any, batch: Any, call: Call) -> list[np.ndarray]:
-    """The arrays that `call` returns."""
+def outputs(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[np.ndarray]:
+    """The arrays that `call` returns, but for scalars, in host memory; the model runs once, compiled."""
 
     @jax.jit
     def run(variables: Any, batch: Any) -> list[Any]:
-        output, _ = model.apply(variables, batch, method=call, mutable=DenyList("params"))
+        output = evaluate(model, variables, batch, call)
         return [leaf for leaf in jax.tree.leaves(output) if is_array(leaf) and leaf.ndim]
 
     return [np.asarray(leaf) for leaf in run(variables, batch)]
 
 
 def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
+    """Outputs with a row for each example must have the same rows, whether all run together or in parts."""
     for i, (expected, *found) in enumerate(zip(whole, *parts, strict=True)):
         samples = len(expected)
         rows = split(samples)
@@ -143,6 +180,7 @@ def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) ->
 
 
 def _rows_differ(expected: np.ndarray, found: np.ndarray) -> bool:
+    """Whether outputs differ by more than rounding does; NaN equals NaN, and integers must be equal."""
     if not jnp.issubdtype(expected.dtype, jnp.inexact):
         return not np.array_equal(expected, found)
     tolerance = max(_TOLERANCE, _UNITS * float(jnp.finfo(expected.dtype).eps))

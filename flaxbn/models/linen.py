@@ -18,30 +18,62 @@ from jaxtyping import Array
 
 from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
-from flaxbn.layers.names import layer_name
+from flaxbn.layers.names import layer_label
 from flaxbn.tracing.primitive import is_bound, tap_p
 from flaxbn.tracing.program import Program
 
 Call = Callable[[Any, Any], Any]
+"""How a model is run for evaluation, `(module, batch) -> output`."""
 
 LAYER_CALLS = {inspect.unwrap(call): call for call in (nn.BatchNorm.__call__, BatchNorm.__call__)}
 DROPOUT_CALL = inspect.unwrap(nn.Dropout.__call__)
 observing = jax.make_user_context(None)
+"""Says during a trace what looks on, so that jax's cache of traced functions does not hand one look to another."""
+
+
+def call_or_default(call: Call | None) -> Call:
+    """How the user runs the model, by default `module(batch)`."""
+    return call or _call_directly
+
+
+def _call_directly(module: Any, batch: Any) -> Any:
+    return module(batch)
+
+
+def evaluate(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batch: Any,
+    call: Call | None,
+    rngs: dict[str, Array] | None = None,
+) -> Any:
+    """What `call` returns for a batch.
+
+    Everything but the parameters is mutable, so that models which write a cache, or carry `batch_stats` through a scan,
+    run as they are; what they change is dropped.
+
+    Args:
+        model: the model.
+        variables: its variables.
+        batch: what `call` takes.
+        call: `(module, batch) -> output`; by default `module(batch)`.
+        rngs: random keys by name, as in `model.apply`.
+    """
+    return model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))[0]
 
 
 def trace(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call, rngs: Mapping[str, Array] | None
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
 ) -> tuple["Program", Callable[[list[Any]], Any]]:
     """Traces the evaluation of `model` on `batch`: the program, and what makes its outputs those of `call`.
 
-    The arguments may be abstract. Everything but the parameters is mutable in the trace, and what the model changes
-    is dropped. `nn.Dropout` layers are off.
+    The arguments may be abstract. The model runs as in `evaluate`, but `nn.Dropout` layers are off.
     """
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
         with nn.intercept_methods(_interceptor()), observing(True):
-            output, _ = model.apply(variables, batch, rngs=rngs, method=call, mutable=DenyList("params"))
+            output = evaluate(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
         returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves]))
         return [leaf for leaf in leaves if is_array(leaf)]
@@ -64,11 +96,6 @@ def is_array(leaf: Any) -> bool:
 def running_function(context: nn.module.InterceptorContext) -> Any:
     """The function that runs in an intercepted call, by which a layer is known: its class may be a subclass."""
     return inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
-
-
-def layer_label(layer: nn.Module) -> str:
-    """The class and path of a layer, for messages."""
-    return f"{type(layer).__name__} '{layer_name(layer.path)}'"
 
 
 def _interceptor() -> Callable[..., Any]:

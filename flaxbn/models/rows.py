@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import call_directly, check_model
-from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, widened
+from flaxbn.models.arguments import check_model
+from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, with_wide_statistics
 from flaxbn.models.entries import entries_read
 from flaxbn.models.linen import Call, trace
 
@@ -19,6 +19,13 @@ from flaxbn.models.linen import Call, trace
 @dataclass(frozen=True, eq=False)
 class Row:
     """The channels that are normalized together: of one domain, one step of a scan, one member of a vmap.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flaxbn import diagnostics
+        >>> row = diagnostics.Row(path=("block", "norm"), label="1", channels=np.array([2, 3]))
+        >>> row.name, row.of(np.array([[0.0, 0.1], [1.0, 1.1]])).tolist()
+        ('block/norm[1]', [1.0, 1.1])
 
     Attributes:
         path: that of its layer in `batch_stats`.
@@ -36,11 +43,12 @@ class Row:
         return layer_name(self.path) + (f"[{self.label}]" if self.label else "")
 
     def of(self, tree: Any) -> Any:
-        """The channels of this row, from arrays of the shape of the layer's statistics."""
+        """The channels of this row, from a tree of arrays of the shape of the layer's statistics."""
         return jax.tree.map(lambda a: np.ravel(a)[self.channels], tree)
 
 
 RowsByLayer = Mapping[Path, Sequence[Row]]
+"""What `rows_of` returns."""
 
 
 def rows_of(
@@ -50,6 +58,16 @@ def rows_of(
 
     The shape of what is stored does not tell: (3, 4) may be three domains, four steps of a scan whose statistics are
     stacked along axis 1, or a layer with `axis=(1, 2)`, whose twelve channels are one row.
+
+    Examples:
+        >>> import flaxbn, jax, numpy as np
+        >>> from flaxbn import diagnostics
+        >>> norm = flaxbn.BatchNorm(use_running_average=True, num_domains=2)
+        >>> x, domain = np.ones((4, 3), "float32"), np.array([0, 0, 1, 1])
+        >>> variables = norm.init(jax.random.key(0), x, domain=domain)
+        >>> rows = diagnostics.rows_of(norm, variables, (x, domain), call=lambda m, b: m(b[0], domain=b[1]))
+        >>> [(row.label, row.channels.tolist()) for row in rows[()]]
+        [('0', [0, 1, 2]), ('1', [3, 4, 5])]
 
     Args:
         model: the model.
@@ -64,8 +82,8 @@ def rows_of(
     layers = stored_layers(variables.get("batch_stats", {}))
     if not layers.entries:
         return {}
-    variables = {**variables, "batch_stats": widened(variables["batch_stats"])}
-    program, _ = trace(model, variables, batch, call or call_directly, None)
+    variables = with_wide_statistics(variables)
+    program, _ = trace(model, variables, batch, call, None)
     entries = entries_read(program, variables, len(jax.tree.leaves(batch)))
     read = [
         np.unique(row)
@@ -77,7 +95,7 @@ def rows_of(
 
 
 def _by_layer(read: Iterable[np.ndarray], layers: StoredLayers) -> dict[Path, list[np.ndarray]]:
-    """What was read of each layer, in the order of the layers."""
+    """What was read of each layer, in the order of the layers; one call may read of several, by a tied scan say."""
     owner = np.zeros(layers.total + 1, int)
     for number, entries in enumerate(layers.entries.values()):
         owner[entries] = number
@@ -89,7 +107,16 @@ def _by_layer(read: Iterable[np.ndarray], layers: StoredLayers) -> dict[Path, li
 
 
 def seen_rows(rows: RowsByLayer | None, path: Path, count: Any) -> list[Row]:
-    """The rows of a layer with those of their channels that saw data; without `rows` those along the last axis."""
+    """The rows of a layer with those of their channels that saw data; without `rows` those along the last axis.
+
+    Args:
+        rows: of all layers, or None where they are not known.
+        path: the layer.
+        count: the weight of what each of its channels saw, of the shape of its statistics.
+
+    Raises:
+        ValueError: if `rows` is None and a row along the last axis saw data in some of its channels only.
+    """
     count = np.asarray(count)
     if rows is None or path not in rows:
         return _along_last(path, count, known=rows is None)
@@ -99,6 +126,7 @@ def seen_rows(rows: RowsByLayer | None, path: Path, count: Any) -> list[Row]:
 
 
 def _along_last(path: Path, count: np.ndarray, *, known: bool) -> list[Row]:
+    """A row for each place of all axes but the last; none where the layer is not `known` to be of that kind."""
     numbers = np.arange(count.size).reshape(count.shape)
     rows = _named(path, numbers, numbers.reshape(-1, count.shape[-1] if count.ndim else 1)) if known else []
     kept = [row for row in rows if np.all(row.of(count) > 0)]
@@ -124,13 +152,21 @@ def _named(path: Path, numbers: np.ndarray, found: Iterable[np.ndarray]) -> list
 
 
 def _trimmed(label: list[str]) -> str:
+    """The index without what numpy does not need: whole axes at its end."""
     while label and label[-1] == ":":
         label = label[:-1]
     return ", ".join(label)
 
 
 def never_estimated(batch_stats: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray] | None = None) -> list[Row]:
-    """The rows whose stored mean is 0 and variance 1 in every channel; not those that have a count, which saw data."""
+    """The rows whose stored mean is 0 and variance 1 in every channel, as `init` leaves them.
+
+    Args:
+        batch_stats: what is stored.
+        rows: those to look at.
+        counts: by layer, the weight of what each channel saw, where it is known. A row that saw data is none of these,
+            whatever its statistics: standardized data have mean 0 and variance 1.
+    """
     leaves = named_leaves(batch_stats)
 
     def is_initial(row: Row) -> bool:

@@ -1,4 +1,7 @@
-"""A program with every call of every layer on top level: what encloses layers is opened, loops are unrolled."""
+"""A program with every call of every layer on top level: what encloses layers is opened, loops are unrolled.
+
+Exact statistics take all data through one call of one layer before the next, so that each call must stand by itself.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,19 +9,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxbn.tracing.jaxpr import evaluate, read
+from flaxbn.tracing.jaxpr import evaluate, interpret
 from flaxbn.tracing.primitive import tap_p
-from flaxbn.tracing.program import Program, has_tap, kind_of, scan_operands
+from flaxbn.tracing.program import Program, has_tap, kind_of, run_steps
 
+# Each call begins a segment that is compiled by itself, in about 0.1 s: with more, compiling would take minutes.
 _MOST_CALLS = 512
+# Elements of the results of an equation that is computed while tracing. What decides a `cond` is a few numbers; tables
+# and masks that are made of constants are larger, and would become constants of the program.
 _MOST_KNOWN = 4096
 
 
 def unroll(program: Program, args: Sequence[Any]) -> Program:
-    """The program, flat; `args` are its arguments, or their shapes and dtypes.
+    """The program, flat, and without outputs.
 
-    Its outputs are left out. A `cond` around a layer must be decided by constants, the number of a loop's step for
-    example, and there may be at most 512 calls.
+    Args:
+        program: the program.
+        args: its arguments, or their shapes and dtypes.
+
+    Raises:
+        ValueError: if a `cond` around a layer is not decided by constants, the number of a loop's step for example; if
+            there are more than 512 calls; if a layer lies inside an equation that cannot be opened.
     """
     calls: list[str] = []
 
@@ -30,25 +41,25 @@ def unroll(program: Program, args: Sequence[Any]) -> Program:
 
 
 def _run(program: Program, args: Sequence[Any], calls: list[str]) -> list[Any]:
-    jaxpr = program.jaxpr
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *args)))
-    for eqn in jaxpr.eqns:
-        values = [read(env, v) for v in eqn.invars]
+    """Runs the program under a trace, which so records it without what encloses taps; `calls` collects the layers."""
+    debug_info = program.jaxpr.debug_info
+
+    def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
         if eqn.primitive is tap_p:
             _count(eqn.params["layer"], calls)
-            outputs = tap_p.bind(*values, **eqn.params)
-        elif has_tap(eqn):
-            outputs = _run_inside(program, eqn, values, calls)
-        elif _is_known(eqn, values):
+            return tap_p.bind(*values, **eqn.params)
+        if has_tap(eqn):
+            return _run_inside(program, eqn, values, calls)
+        if _is_known(eqn, values):
             with jax.ensure_compile_time_eval():
-                outputs = evaluate(eqn, values, jaxpr.debug_info)
-        else:
-            outputs = evaluate(eqn, values, jaxpr.debug_info)
-        env.update(zip(eqn.outvars, outputs))
-    return [read(env, v) for v in jaxpr.outvars]
+                return evaluate(eqn, values, debug_info)
+        return evaluate(eqn, values, debug_info)
+
+    return interpret(program.jaxpr, program.consts, args, step)
 
 
 def _run_inside(program: Program, eqn: Any, values: list[Any], calls: list[str]) -> list[Any]:
+    """An equation with taps inside, opened: the branch that is taken, each step of a loop, or all that it encloses."""
     kind = kind_of(eqn)
     inner = program.inner(eqn)
     if kind == "scan":
@@ -67,16 +78,13 @@ def _run_inside(program: Program, eqn: Any, values: list[Any], calls: list[str])
 
 
 def _run_scan(eqn: Any, inner: Program, values: list[Any], calls: list[str]) -> list[Any]:
-    consts, carry, xs = scan_operands(eqn, inner, values)
-    steps = range(eqn.params["length"])
-    ys: dict[int, list[Any]] = {}
-    for i in reversed(steps) if eqn.params["reverse"] else steps:
-        outputs = _run(inner, [*consts, *carry, *(_element(x, i) for x in xs)], calls)
-        carry, ys[i] = outputs[: len(carry)], outputs[len(carry) :]
-    return [*carry, *(jnp.stack(column) for column in zip(*(ys[i] for i in steps)))]
+    """A loop, unrolled; its outputs are stacked as it would stack them."""
+    carry, ys = run_steps(eqn, inner, values, _element, lambda values: _run(inner, values, calls))
+    return [*carry, *map(jnp.stack, zip(*ys))]
 
 
 def _element(x: Any, i: int) -> Any:
+    """What step `i` takes of a scanned operand: a constant, if that is one, which may decide a `cond`."""
     if isinstance(x, jax.core.Tracer):
         return jax.lax.index_in_dim(x, i, keepdims=False)
     with jax.ensure_compile_time_eval():
@@ -84,6 +92,7 @@ def _element(x: Any, i: int) -> Any:
 
 
 def _count(layer: str, calls: list[str]) -> None:
+    """Adds a call of a layer; too many are an error that says of which layer."""
     calls.append(layer)
     if len(calls) > _MOST_CALLS:
         raise ValueError(
@@ -93,6 +102,9 @@ def _count(layer: str, calls: list[str]) -> None:
 
 
 def _is_known(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether an equation is a small computation on constants, one that a `cond` could be decided by."""
+    """Whether an equation is a small computation on constants, one that a `cond` could be decided by.
+
+    Computed while tracing, its results stay constants for the equations after it.
+    """
     small = sum(v.aval.size for v in eqn.outvars) <= _MOST_KNOWN
     return small and not eqn.effects and not any(isinstance(v, jax.core.Tracer) for v in values)

@@ -1,4 +1,8 @@
-"""Traced programs of jax, taken apart and put together through its public names."""
+"""Traced programs of jax, taken apart and put together through its public names.
+
+A jaxpr is a list of equations: each reads values of variables, and literals, and defines new variables. Nothing here
+knows of taps; what differs between versions of jax is asked of jax itself, or avoided.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,7 +13,14 @@ from jax.extend import core as jex
 
 
 def as_function(eqns: Sequence[Any], invars: list[Any], outvars: list[Any], debug_info: Any) -> Callable[..., Any]:
-    """A run of equations as a function of `invars` that returns `outvars`."""
+    """A run of equations as a function of `invars` that returns `outvars`.
+
+    Args:
+        eqns: the equations, in their order.
+        invars: the variables that they read and do not define.
+        outvars: those of their variables whose values are wanted.
+        debug_info: that of the jaxpr from which they are.
+    """
     jaxpr = jex.Jaxpr(
         constvars=[],
         invars=invars,
@@ -21,14 +32,42 @@ def as_function(eqns: Sequence[Any], invars: list[Any], outvars: list[Any], debu
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
 
 
+def interpret(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    step: Callable[[Any, list[Any]], Sequence[Any]],
+    pieces: Sequence[Any] | None = None,
+) -> list[Any]:
+    """Runs a jaxpr on values of any kind, in its order: arrays, or marks that stand for them.
+
+    Args:
+        jaxpr: the program, without its constants.
+        consts: a value for each of `jaxpr.constvars`.
+        args: one for each of `jaxpr.invars`.
+        step: from a piece and the values that it reads, those of its `outvars`.
+        pieces: what to take a step for, with `invars` and `outvars`; by default the equations.
+
+    Returns:
+        The values of `jaxpr.outvars`.
+    """
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+    for piece in jaxpr.eqns if pieces is None else pieces:
+        env.update(zip(piece.outvars, step(piece, [_read(env, v) for v in piece.invars])))
+    return [_read(env, v) for v in jaxpr.outvars]
+
+
 def evaluate(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
-    """The outputs of one equation, whose primitive takes parameters that differ between versions of jax."""
+    """The outputs of one equation on `values`, one for each of its `invars`.
+
+    Binding the primitive would need its parameters, which differ between versions of jax: it is run as a jaxpr.
+    """
     given = {v: a for v, a in zip(eqn.invars, values) if is_variable(v)}
     return as_function([eqn], list(given), list(eqn.outvars), debug_info)(*given.values())
 
 
 def subjaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs among the parameters of an equation."""
+    """The jaxprs among the parameters of an equation, whatever these are called."""
     values = (v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,)))
     return [v for v in values if hasattr(opened(v), "eqns")]
 
@@ -43,13 +82,11 @@ def is_variable(v: Any) -> bool:
     return not isinstance(v, jex.Literal)
 
 
-def read(env: Mapping[Any, Any], v: Any) -> Any:
-    """The value of an operand."""
-    return env[v] if is_variable(v) else v.val
-
-
 def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
-    """What two runs of equations have in common that compute the same function, whatever their variables are called."""
+    """What two runs of equations have in common that compute the same function, whatever their variables are called.
+
+    Variables are numbered in the order in which they are defined; literals count by value, parameters by `as_key`.
+    """
     numbers: dict[Any, int] = {}
 
     def operand(v: Any) -> Hashable:
@@ -70,7 +107,10 @@ def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]
 
 
 def as_key(value: Any) -> Hashable:
-    """A parameter of an equation by value where it can be, and by identity where it cannot."""
+    """A parameter of an equation by value where it can be, and by identity where it cannot.
+
+    Numbers count by what they print as, with their type: 0.0 and -0.0 are equal, and make different programs.
+    """
     jaxpr = opened(value)
     if hasattr(jaxpr, "eqns"):
         consts = tuple(map(id, getattr(value, "consts", ())))
@@ -87,15 +127,23 @@ def as_key(value: Any) -> Hashable:
     return type(value), repr(value) if is_number else value
 
 
+def _read(env: Mapping[Any, Any], v: Any) -> Any:
+    return env[v] if is_variable(v) else v.val
+
+
 def _parameters(eqn: Any) -> Hashable:
     """The parameters that decide the value of an equation; the rules of its differentiation do not."""
     is_custom = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
     return as_key({name: p for name, p in eqn.params.items() if not is_custom or hasattr(opened(p), "eqns")})
 
 
-def work(eqn: Any) -> float:
-    """Floating-point operations: those of a product or a convolution, or one for each element read or written."""
-    inner = [sum(map(work, opened(jaxpr).eqns)) for jaxpr in subjaxprs(eqn)]
+def operations(eqn: Any) -> float:
+    """Floating-point operations: those of a product or a convolution, or one for each element read or written.
+
+    2 for each multiply-add. An estimate, to tell heavy equations from light ones; of the branches of a `cond` it takes
+    the heaviest, and a scan counts its steps.
+    """
+    inner = [sum(map(operations, opened(jaxpr).eqns)) for jaxpr in subjaxprs(eqn)]
     if inner:
         return float(max(inner) * eqn.params.get("length", 1))
     made = sum(v.aval.size for v in eqn.outvars)

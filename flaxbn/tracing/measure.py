@@ -1,32 +1,38 @@
-"""What the taps of a program let through: the readers of `Program.run`."""
+"""What the taps of a program let through: the readers of `Program.run`, and the moments that they record.
 
-import math
+A reader gets a `Tap` and returns the mean and variance by which the layer is to normalize, and a record.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flaxbn.arithmetic.groups import Sharing
-from flaxbn.arithmetic.moments import Moments, measure_deviations, members
+from flaxbn.arithmetic.groups import Sharing, values_per_channel
+from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted
 from flaxbn.tracing.primitive import Tap
 
 
 def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
-    """Reads a layer's stored statistics, and records nothing."""
+    """A reader that lets a layer's stored statistics through, and records nothing."""
     return tap.mean, tap.var, None
 
 
 def batch_statistics(tap: Tap, moments: Moments) -> tuple[Array, Array, Moments]:
-    """The moments of the tap's input; where their count is 0, the layer normalizes by what is stored."""
+    """Lets the moments of the tap's input through, and records them: a reader once `moments` are measured.
+
+    Where their count is 0, the layer normalizes by what is stored.
+    """
     return *replace_seen(tap.mean, tap.var, moments), moments
 
 
 def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
-    """A single value per channel has no batch statistics: an error, `shape` being that of the input without padding."""
-    values = math.prod(shape[tap.lanes + axis] for axis in tap.axes)
-    if tap.axis_name is not None:
-        values *= members(tap.axis_name, tap.axis_index_groups)
-    if values == 1:
+    """A single value per channel has no batch statistics: an error.
+
+    Args:
+        tap: the tap.
+        shape: that of its input, without what is padding.
+    """
+    if values_per_channel(shape[tap.lanes :], tap.axes, tap.axis_name, tap.axis_index_groups) == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
             f"of shape {shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one."
@@ -34,19 +40,32 @@ def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
 
 
 def replace_seen(mean: Array, var: Array, moments: Moments) -> tuple[Array, Array]:
-    """The mean and variance of `moments`; the given ones where its count is 0."""
+    """The mean and variance of `moments`, of one shape with `mean` and `var`; the latter where its count is 0."""
     seen = moments.count > 0
     return jnp.where(seen, moments.mean, mean), jnp.where(seen, moments.var, var)
 
 
 def measure_tap(tap: Tap, weights: Array | None) -> Moments:
-    """The moments of the tap's input, by the weights of samples (of the rank of the input) and the layer's mask."""
+    """The moments of the tap's input, by the weights of samples and the layer's mask.
+
+    Args:
+        tap: the tap.
+        weights: of the rank of its input, each axis equal to that of it or 1; None where samples have no weights.
+
+    Returns:
+        Moments of the shape of the statistics that the layer reads. With domains, those of all; without examples their
+        count is 0.
+    """
     pivot, deviations = measure_tap_deviations(tap, weights)
-    return deviations._replace(mean=pivot + deviations.mean)
+    return shifted(deviations, pivot)
 
 
 def measure_tap_deviations(tap: Tap, weights: Array | None) -> tuple[Array, Moments]:
-    """`measure_tap` before rounding: a pivot, and the Moments of the deviations from it."""
+    """`measure_tap` before rounding: a pivot, and the Moments of the deviations from it.
+
+    A layer with domains that runs on one has the moments of that row, and none of the others. Where members of a mapped
+    axis may run on different domains, each example carries its number, so that all members sum the same rows.
+    """
     if weights is None:
         weights = tap.weights
     elif tap.weights is not None:

@@ -1,6 +1,14 @@
 """The primitive that stands between the stored statistics of a batch-norm layer and its evaluation.
 
 `(x, mean, var) -> (mean', var')`, an identity unless a reader of the traced program decides otherwise.
+
+It passes through whatever jax does to a model before readers see it. Under vmap its batching rule keeps track of what
+lies where: an axis of lanes either has statistics of its own or is reduced like any other. Differentiated it is an
+error, since a gradient taken before statistics are chosen would be that of other statistics.
+
+Its operands are `x`, `mean`, `var`, then the layer's weights where `has_weights` says so, and its domain where
+`has_domain` does. Its other parameters are fields of `Tap`, and `channel_rank`: how many trailing axes of the
+statistics are channels of the layer itself, whatever vmap puts in front of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +32,7 @@ class Tap(NamedTuple):
         mean, var: the statistics that it reads.
         weights: the layer's mask as float weights of the rank of `x`, or None.
         domain: the domain number of all of `x`, or of each example along its leading axis, or None.
-        axes: the axes of `x` over which it reduces.
+        axes: the axes of `x` over which it reduces, counted without its lanes.
         lanes: how many leading axes of all fields are lanes of vmap with statistics of their own, in a layer with
             domains; other layers have them among the channels.
         axis_name, axis_index_groups: the mapped axis outside of the program over which the layer synchronizes.
@@ -53,7 +61,7 @@ tap_p.multiple_results = True
 
 
 def is_bound(axis_name: Any) -> bool:
-    """Whether a transformation that is under way maps this axis."""
+    """Whether a transformation that is under way maps this axis; jax has no other way to ask than to use it."""
     try:
         return axis_name is not None and bool(jax.lax.axis_size(axis_name))
     except NameError:
@@ -61,7 +69,16 @@ def is_bound(axis_name: Any) -> bool:
 
 
 def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
-    """The operands and parameters of one equation of the primitive."""
+    """The operands and parameters of one equation of the primitive, by name.
+
+    Args:
+        params: the equation's parameters.
+        values: its operands.
+        site: the number of the call.
+
+    Raises:
+        ValueError: if the layer synchronizes over an axis that is not mapped where the program is interpreted.
+    """
     x, mean, var, *others = values
     weights = others.pop(0) if params["has_weights"] else None
     domain = others.pop(0) if params["has_domain"] else None
@@ -76,14 +93,14 @@ def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
 
 
 def _tap_value(x: Array, mean: Array, var: Array, *others: Array, **params: Any) -> list[Array]:
-    """The stored statistics, in the dtype that the statistics of `x` have."""
+    """The stored statistics, in the dtype that the statistics of `x` have: what runs where no reader decides."""
     del others, params
     return [jnp.asarray(a, dtype) for a, dtype in zip((mean, var), _statistics_dtypes(x, mean))]
 
 
 @tap_p.def_abstract_eval
 def _tap_shapes(x: Any, mean: Any, var: Any, *others: Any, **params: Any) -> list[Any]:
-    """The types of the statistics, which vary over the mapped axes that `x` varies over."""
+    """The types of the statistics, which vary over the mapped axes that `x` varies over, and are not split."""
     del others, params
     whole = x.sharding and x.sharding.update(spec=PartitionSpec(*[None] * mean.ndim))
     return [
@@ -93,11 +110,13 @@ def _tap_shapes(x: Any, mean: Any, var: Any, *others: Any, **params: Any) -> lis
 
 
 def _statistics_dtypes(x: Any, mean: Any) -> tuple[Any, Any]:
+    """Of mean and variance: wide enough for what is measured in `x` and for what is stored; variances are real."""
     dtype = jnp.promote_types(widen(x.dtype), mean.dtype)
     return dtype, jnp.finfo(dtype).dtype
 
 
 def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    """Refuses: what depends on statistics that are not chosen yet has no derivative yet."""
     del primals, tangents
     raise NotImplementedError(
         f"{params['layer']}: `call` must not differentiate the model, since statistics are chosen after it is traced. "
@@ -108,32 +127,71 @@ def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 def _tap_batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
     """Under vmap: lanes with statistics of their own are channels; lanes that share theirs are positions to reduce."""
     size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
+    _, mean_dim, var_dim, *_ = dims
+    if mean_dim is None and var_dim is None:
+        return _batch_shared(args, dims, size, params), [None, None]
+    return _batch_own(args, dims, size, params), [0, 0]
 
-    def lanes_at(place: int, a: Array, d: int | None) -> Array:
-        if d is None:
-            a, d = jnp.broadcast_to(a, (size, *a.shape)), 0
-        return jnp.moveaxis(a, d, place)
 
-    (x, mean, var, *others), (x_dim, mean_dim, var_dim, *other_dims) = args, dims
-    own = mean_dim is not None or var_dim is not None
-    place = 0 if own else params["lanes"]
-    moved = tuple(axis + 1 for axis in params["axes"])
-    if own:
-        mean, var = lanes_at(0, mean, mean_dim), lanes_at(0, var, var_dim)
-        params |= {"lanes": params["lanes"] + 1} if params["has_domain"] else {"axes": moved}
-    elif params["has_domain"] and others[-1].ndim - (other_dims[-1] is not None) > place:
-        x, *others = (lanes_at(place, a, d) for a, d in zip((x, *others), (x_dim, *other_dims)))
-        lengths = x.shape[: place + 2]
-        others = [jnp.broadcast_to(a, (*lengths, *a.shape[place + 2 :])) for a in others]
-        x, *others = (a.reshape(*lengths[:place], -1, *a.shape[place + 2 :]) for a in (x, *others))
-        return tap_p.bind(x, mean, var, *others, **params), [None, None]
+def _batch_own(args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]) -> Any:
+    """Lanes with statistics of their own lie in front of everything.
+
+    There they are one more axis of channels, but for domains: which row of the statistics an example reads then depends
+    on its lane, so that lanes are counted and mapped over.
+    """
+    if params["has_domain"]:
+        params = params | {"lanes": params["lanes"] + 1}
     else:
-        params["axes"] = (0, *moved)
-        if params["has_domain"] and other_dims[-1] is None:
-            x, *weights = (lanes_at(place, a, d) for a, d in zip((x, *others[:-1]), (x_dim, *other_dims)))
-            return tap_p.bind(x, mean, var, *weights, others[-1], **params), [None, None]
-    x, *others = (lanes_at(place, a, d) for a, d in zip((x, *others), (x_dim, *other_dims)))
-    return tap_p.bind(x, mean, var, *others, **params), [0, 0] if own else [None, None]
+        params = params | {"axes": _moved(params["axes"])}
+    return tap_p.bind(*(_with_lanes(a, d, size, 0) for a, d in zip(args, dims)), **params)
+
+
+def _batch_shared(args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]) -> Any:
+    """Lanes that share statistics are positions, behind lanes that do not: more examples, or one more axis to reduce.
+
+    They are examples where each example has a domain number, which only the leading axis may have. A number for the
+    whole input may vary by lane: then the new axis, which leads, becomes that of examples.
+    """
+    x, mean, var, *others = args
+    x_dim, _, _, *other_dims = dims
+    place = params["lanes"]
+
+    def with_lanes(a: Array, d: int | None) -> Array:
+        return _with_lanes(a, d, size, place)
+
+    if params["has_domain"] and _rank(others[-1], other_dims[-1]) > place:
+        lanes = [with_lanes(a, d) for a, d in zip((x, *others), (x_dim, *other_dims))]
+        x, *others = _among_examples(lanes, place)
+        return tap_p.bind(x, mean, var, *others, **params)
+    one_domain = params["has_domain"] and other_dims[-1] is None  # it stays the number of the whole input
+    moving = len(others) - one_domain
+    moved = [with_lanes(a, d) for a, d in zip(others[:moving], other_dims)]
+    params = params | {"axes": (0, *_moved(params["axes"]))}
+    return tap_p.bind(with_lanes(x, x_dim), mean, var, *moved, *others[moving:], **params)
+
+
+def _rank(a: Array, dim: int | None) -> int:
+    """The rank of an operand as the layer sees it, within a lane."""
+    return a.ndim - (dim is not None)
+
+
+def _moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The same axes, behind a new one."""
+    return tuple(axis + 1 for axis in axes)
+
+
+def _with_lanes(a: Array, dim: int | None, size: int, place: int) -> Array:
+    """An operand with its lanes at `place`; one without them is the same in all."""
+    if dim is None:
+        a, dim = jnp.broadcast_to(a, (size, *a.shape)), 0
+    return jnp.moveaxis(a, dim, place)
+
+
+def _among_examples(operands: list[Array], place: int) -> list[Array]:
+    """The axis at `place` merged with that of examples behind it, in all operands; the first has their lengths."""
+    lengths = operands[0].shape[: place + 2]
+    whole = [jnp.broadcast_to(a, (*lengths, *a.shape[place + 2 :])) for a in operands]
+    return [a.reshape(*lengths[:place], -1, *a.shape[place + 2 :]) for a in whole]
 
 
 tap_p.def_impl(_tap_value)

@@ -1,21 +1,30 @@
-"""A traced evaluation, interpreted: what its taps let through is decided from outside."""
+"""A traced evaluation, interpreted: what its taps let through is decided from outside.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+Equations with taps inside are opened, as far as their kind allows; the equations between them run as one function.
+What a reader records at each tap comes back in the order of the program, whatever encloses the tap.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from flaxbn.tracing.jaxpr import as_function, evaluate, is_variable, opened, read, subjaxprs
+from flaxbn.tracing.jaxpr import as_function, interpret, is_variable, opened, subjaxprs
 from flaxbn.tracing.primitive import OnTap, as_tap, tap_p
 
 
 class Program:
-    """A traced evaluation, in pieces: runs of plain equations, and single equations with taps inside."""
+    """A traced evaluation, in pieces: runs of plain equations, and single equations with taps inside.
+
+    Attributes:
+        jaxpr: its equations.
+        consts: the values of `jaxpr.constvars`, arrays that the model closes over.
+        pieces: the equations, with those between two taps put together.
+    """
 
     def __init__(self, jaxpr: Any, consts: Sequence[Any]) -> None:
         self.jaxpr = jaxpr
@@ -24,7 +33,7 @@ class Program:
         self._inner: dict[int, Program] = {}
 
     def tap_inputs(self) -> list[Any]:
-        """The abstract input of each tap, in the order of the program."""
+        """The shape and dtype of the input of each tap, in the order of the program."""
         return [e.invars[0].aval for e in tap_equations(self.jaxpr)]
 
     def layer_names(self) -> list[str]:
@@ -38,48 +47,28 @@ class Program:
     def run(self, args: Sequence[Any], on_tap: OnTap, site: int = 0) -> tuple[list[Any], list[Any]]:
         """Interprets the program: its outputs, and the record of each tap in the order of the program.
 
-        Inside a scan records are stacked along a leading axis, one for each step; in a branch of a `cond` that is
-        not taken they are zeros. Taps are numbered from `site`.
+        Args:
+            args: the values of its arguments, traced ones too.
+            on_tap: what decides by which statistics each tap normalizes.
+            site: the number of the first tap; a tap inside a scan has one number for all steps.
+
+        Returns:
+            The outputs, and the records. Inside a scan records are stacked along a leading axis, one for each step; in
+            a branch of a `cond` that is not taken they are zeros.
         """
-        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*self.consts, *args)))
         records: list[Any] = []
-        for piece in self.pieces:
-            values = [read(env, v) for v in piece.invars]
+
+        def step(piece: Any, values: list[Any]) -> Sequence[Any]:
             if isinstance(piece, _Plain):
-                outputs = piece.function(*values)
-            else:
-                outputs, found = self._run_tapped(piece, values, on_tap, site + len(records))
-                records += found
-            env.update(zip(piece.outvars, outputs))
-        return [read(env, v) for v in self.jaxpr.outvars], records
+                return piece.function(*values)
+            outputs, found = self._run_tapped(piece, values, on_tap, site + len(records))
+            records.extend(found)
+            return outputs
 
-    def read_by_taps(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """What reaches the `mean` of each tap where only some arguments are known: the others are `UNKNOWN`.
-
-        Computes what the known arguments determine and nothing else; returns the outputs and the means, stacked as
-        the records of `run` are. All branches of a `cond` are read.
-        """
-        consts = (UNKNOWN if isinstance(c, jax.core.Tracer) else c for c in self.consts)
-        env = dict(zip((*self.jaxpr.constvars, *self.jaxpr.invars), (*consts, *args)))
-        means: list[Any] = []
-        for eqn in self.jaxpr.eqns:
-            values = [read(env, v) for v in eqn.invars]
-            if eqn.primitive is tap_p:
-                means.append(values[1])
-                outputs = [UNKNOWN] * len(eqn.outvars)
-            elif has_tap(eqn):
-                outputs, found = self._read_tapped(eqn, values)
-                means += found
-            elif eqn.primitive.name in _TYPE_CHANGES:
-                outputs = values
-            elif eqn.effects or any(v is UNKNOWN for v in values):
-                outputs = [UNKNOWN] * len(eqn.outvars)
-            else:
-                outputs = evaluate(eqn, values, self.jaxpr.debug_info)
-            env.update(zip(eqn.outvars, outputs))
-        return [read(env, v) for v in self.jaxpr.outvars], means
+        return interpret(self.jaxpr, self.consts, args, step, self.pieces), records
 
     def _run_tapped(self, eqn: Any, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+        """The outputs of a tap, or of an equation with taps inside, and their records."""
         if eqn.primitive is tap_p:
             mean, var, record = on_tap(as_tap(eqn.params, values, site))
             return [_of_type(a, v.aval) for a, v in zip((mean, var), eqn.outvars)], [record]
@@ -96,17 +85,8 @@ class Program:
             outputs = [_without_gradient(a, eqn.primitive.name) for a in outputs]
         return outputs, records
 
-    def _read_tapped(self, eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any]]:
-        programs = self.inner(eqn)
-        kind = kind_of(eqn)
-        if kind == "cond":
-            return _read_cond(programs, values)
-        if kind == "scan":
-            return _read_scan(eqn, programs[0], values)
-        return programs[0].read_by_taps(values)
-
     def inner(self, eqn: Any) -> list["Program"]:
-        """The programs inside an equation: one, or the branches of a `cond`."""
+        """The programs inside an equation: one, or the branches of a `cond`; each is taken into pieces once."""
         jaxprs = subjaxprs(eqn)
         for jaxpr in jaxprs:
             if id(jaxpr) not in self._inner:
@@ -115,7 +95,10 @@ class Program:
 
 
 def _of_type(a: Any, aval: Any) -> Array:
-    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over."""
+    """`a` in the dtype of `aval`, varying over the mapped axes that it varies over.
+
+    A reader may return float64 or what all devices share; the equations that follow were traced for one type.
+    """
     missing = tuple(sorted(_varying(aval) - _varying(jax.typeof(a))))
     a = a.astype(aval.dtype)
     return jax.lax.pcast(a, missing, to="varying") if missing else a
@@ -126,15 +109,8 @@ def _varying(aval: Any) -> frozenset[Any]:
     return frozenset(aval.mat.varying)
 
 
-class _Unknown:
-    """A value that the known arguments do not determine."""
-
-
-UNKNOWN = _Unknown()
-
-
 class _Plain(NamedTuple):
-    """A run of equations without taps, as one function."""
+    """A run of equations without taps, as one function; to `interpret` it is a piece like an equation."""
 
     function: Callable[..., Any]
     invars: list[Any]
@@ -142,6 +118,11 @@ class _Plain(NamedTuple):
 
 
 def _pieces(jaxpr: Any) -> Iterator[Any]:
+    """The plain runs of equations and the equations with taps, in order.
+
+    A run hands on only what is read after it. One function for each run keeps the interpreter's own work to a few steps
+    a layer, and lets XLA fuse across its equations.
+    """
     last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if is_variable(v)}
     last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_variable(v)}
     tapped = [i for i, e in enumerate(jaxpr.eqns) if has_tap(e)]
@@ -159,6 +140,10 @@ def _pieces(jaxpr: Any) -> Iterator[Any]:
 
 
 def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A `cond` whose branches return the records of all of them, those of the others being zeros.
+
+    Branches must return the same types whichever is taken; a count of 0 is what Moments of no values have.
+    """
     index, *operands = values
     sites = [site + sum(len(p.layer_names()) for p in programs[:i]) for i in range(len(programs))]
 
@@ -176,19 +161,8 @@ def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: i
     return jax.lax.switch(index, [partial(branch, i) for i in range(len(programs))], *operands)
 
 
-def _read_cond(programs: list[Program], values: list[Any]) -> tuple[list[Any], list[Any]]:
-    _, *operands = values
-    outputs, means = zip(*(p.read_by_taps(operands) for p in programs))
-    return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(means)]
-
-
-def _agreed(values: Sequence[Any]) -> Any:
-    if any(v is UNKNOWN for v in values):
-        return UNKNOWN
-    return values[0] if all(np.array_equal(values[0], v) for v in values[1:]) else UNKNOWN
-
-
 def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A scan that stays one, and stacks the records of its steps like its other outputs."""
     consts, carry, xs = scan_operands(eqn, program, values)
 
     def body(carry: list[Any], xs: list[Any]) -> Any:
@@ -200,24 +174,12 @@ def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site
     return [*carry, *ys], records
 
 
-def _read_scan(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any]]:
-    consts, carry, xs = scan_operands(eqn, program, values)
-    steps = range(eqn.params["length"])
-    ys: dict[int, list[Any]] = {}
-    means: dict[int, list[Any]] = {}
-    for i in reversed(steps) if eqn.params["reverse"] else steps:
-        outputs, means[i] = program.read_by_taps([*consts, *carry, *(x if x is UNKNOWN else x[i] for x in xs)])
-        carry, ys[i] = outputs[: len(carry)], outputs[len(carry) :]
-    return [*carry, *_stacked(ys)], _stacked(means)
-
-
-def _stacked(steps: Mapping[int, list[Any]]) -> list[Any]:
-    columns = zip(*(steps[i] for i in sorted(steps)))
-    return [UNKNOWN if any(a is UNKNOWN for a in column) else np.stack(column) for column in columns]
-
-
 def scan_operands(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions."""
+    """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions.
+
+    A scanned operand has an axis more than what a step takes of it, and an output that is stacked one more than what a
+    step returns.
+    """
     inner = program.jaxpr
     carries = sum(out.aval.ndim == v.aval.ndim for out, v in zip(eqn.outvars, inner.outvars))
     scanned = sum(v.aval.ndim > i.aval.ndim for v, i in zip(eqn.invars, inner.invars))
@@ -225,7 +187,37 @@ def scan_operands(eqn: Any, program: Program, values: list[Any]) -> tuple[list[A
     return values[:begin], values[begin : begin + carries], values[begin + carries :]
 
 
+def run_steps(
+    eqn: Any,
+    program: Program,
+    values: list[Any],
+    element: Callable[[Any, int], Any],
+    run: Callable[[list[Any]], list[Any]],
+) -> tuple[list[Any], list[list[Any]]]:
+    """Runs a scan step by step, for readers that must look at each.
+
+    Args:
+        eqn: the scan.
+        program: the program inside.
+        values: the operands of the equation.
+        element: from a scanned operand and the number of a step, what the step takes of it.
+        run: runs the program inside; it may append to its outputs.
+
+    Returns:
+        The carries after the last step, and for each step, in the order of the scanned operands, its other outputs.
+    """
+    consts, carry, xs = scan_operands(eqn, program, values)
+    steps = range(eqn.params["length"])
+    others: dict[int, list[Any]] = {}
+    for i in reversed(steps) if eqn.params["reverse"] else steps:
+        outputs = run([*consts, *carry, *(element(x, i) for x in xs)])
+        carry, others[i] = outputs[: len(carry)], outputs[len(carry) :]
+    return carry, [others[i] for i in steps]
+
+
 def _run_remat(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
+    """A checkpoint that stays one, so that a gradient taken of the interpreted program saves memory as before."""
+
     def run(*values: Any) -> tuple[list[Any], list[Any]]:
         return program.run(values, on_tap, site)
 
@@ -249,8 +241,6 @@ def _without_gradient(x: Array, rule: str) -> Array:
     return identity(x)
 
 
-_TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
-
 _KINDS = {
     "jit": "inline",
     "pjit": "inline",
@@ -268,7 +258,14 @@ _KINDS = {
 
 
 def kind_of(eqn: Any) -> str:
-    """How to run an equation with taps inside: "inline", "remat", "custom", "scan" or "cond"; others are errors."""
+    """How to run an equation with taps inside.
+
+    Returns:
+        "inline": its program stands for it; "remat" and "custom", which matter to gradients; "scan"; or "cond".
+
+    Raises:
+        ValueError: if it is none of these, a `while` loop for example, which keeps no record of its steps.
+    """
     name = eqn.primitive.name
     if name not in _KINDS:
         inside = next(e for j in subjaxprs(eqn) for e in tap_equations(opened(j)))
@@ -281,7 +278,7 @@ def kind_of(eqn: Any) -> str:
 
 
 def tap_equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of the primitive, in order, wherever they lie."""
+    """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is tap_p:
             yield eqn

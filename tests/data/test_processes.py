@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from oracle import assert_same_statistics
 
 import flaxbn
-from flaxbn.data.processes import together
+from flaxbn.data.processes import gather
 
 VARIABLES = jax.jit(host_worker.make_variables)()
 EVERYWHERE = 1e-5
@@ -174,5 +174,5 @@ def test_others_that_are_lost_in_the_merge_are_an_error(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", broken)
     with pytest.raises(RuntimeError, match=r"Process 0 of 2 lost the others.*start all processes again") as raised:
-        together(lambda: np.ones(2))
+        gather(np.ones(2))
     assert isinstance(raised.value.__cause__, OSError)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from models import DomainLayer
 
-from flaxbn.diagnostics.batch_composition import composition
+from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
 from flaxbn.diagnostics.diagnosis import diagnose
+from flaxbn.diagnostics.evidence import Evidence
 from flaxbn.diagnostics.noise import BatchNoise
 
 RNG = np.random.default_rng(0)
@@ -16,6 +17,20 @@ MODEL = nn.BatchNorm(use_running_average=True)
 
 def record(share, batches=64, layer="norm"):
     return BatchNoise(layer, 16, share**0.5, 0.0, 2, share, batches)
+
+
+def composition(noise, shuffled, renormalized):
+    """What the rules of this room find in noise alone."""
+    evidence = Evidence(
+        drift=(),
+        never_estimated=(),
+        domain_drift={},
+        noise=noise,
+        shuffled=shuffled,
+        renormalized=frozenset(renormalized),
+        losses={},
+    )
+    return [*alike_batches(evidence), *small_batches(evidence)]
 
 
 def traps(given, shuffled, left_out=()):

@@ -132,5 +132,5 @@ class TestGap:
             gap(NET, VARIABLES, DATA, loss_fn, call=call, batch_size=64, **options)
 
     def test_no_data(self):
-        with pytest.raises(ValueError, match="at least one batch: got none"):
+        with pytest.raises(ValueError, match="at least one"):
             gap(NET, VARIABLES, iter([]), cross_entropy)

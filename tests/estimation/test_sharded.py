@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flaxbn
-from flaxbn.estimation.sharded import measure_spread
+from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.primitive import Tap
 
 B, T, C, D = 16, 6, 3, 4
@@ -50,7 +50,7 @@ def measured(sharding, given, weights=None, samples=B, axis=0):
     x = jax.device_put(given.x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
     def run(x, weights, mask, domain):
-        return measure_spread(given._replace(x=x, weights=mask, domain=domain), weights, samples, sharding)
+        return measure_sharded(given._replace(x=x, weights=mask, domain=domain), weights, samples, sharding)
 
     lowered = jax.jit(run).lower(x, weights, given.weights, given.domain)
     compiled = lowered.compile()

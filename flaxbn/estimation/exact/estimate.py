@@ -5,52 +5,46 @@ the merged statistics. That is the limit of precise statistics as the batch grow
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.processes import together
+from flaxbn.data.batches import Arrays, Stream
+from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.layer_by_layer import Batch, run
 from flaxbn.estimation.exact.plan import plan_batches
-from flaxbn.estimation.exact.prepare import Source, prepare_batches
-from flaxbn.estimation.exact.verify import check_independence, choose_watched
+from flaxbn.estimation.exact.prepare import prepare_batches
+from flaxbn.estimation.exact.verify import IndependenceCheck
 from flaxbn.estimation.layer_moments import Result, check_finite
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries
 
 
-def exact_pass(asked: Request, read: Callable[[], list[Source]], memory_limit: int | None) -> Result:
-    """The exact moments of the batches that `read` describes, merged over all processes for each call."""
-    batches: list[Batch] = []
-    watched: list[int] = []
+def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
+    """The exact moments of the data, merged over all processes for each call."""
 
-    def prepare() -> np.ndarray:
-        batches.extend(prepare_batches(asked, read()))
+    def prepare() -> tuple[list[Batch], IndependenceCheck | None]:
+        batches = prepare_batches(asked, data.sources())
         if len(batches) == 1 == jax.process_count():
             for segment in batches[0].segments.segments:
                 segment.check_values()
-        watched.extend(choose_watched(asked, batches))
-        return _signature(batches)
+        return batches, IndependenceCheck.of(asked, batches) if check_independence else None
 
-    calls = _agreed(together(prepare))
+    batches, check = on_all(prepare)
+    calls = _agreed(gather(_signature(batches)))
     kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else [True] * calls
-    found = run(asked, batches, kept, watched)
+    found = run(asked, batches, kept)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
     result = Result(entries, range(len(batches)), found.moments, jnp.asarray(found.first_bad))
 
-    def finite() -> np.ndarray:
+    def verify() -> None:
         check_finite([result], asked.layers)
-        return np.zeros(())
+        if check is not None:
+            check.run(found.statistics, [moments.var for moments in found.moments])
 
-    def independent() -> np.ndarray:
-        if watched and not batches[0].segments.uses_keys:
-            check_independence(asked, [batches[number] for number in watched], found)
-        return np.zeros(())
-
-    together(finite)
-    together(independent)
+    on_all(verify)
     return result
 
 

@@ -1,6 +1,5 @@
 """All batches in lockstep: every one up to the input of a layer, and on with the statistics of all."""
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,18 +10,17 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.placement import placed
-from flaxbn.data.processes import together
+from flaxbn.data.processes import gather, on_all
+from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
 from flaxbn.estimation.layer_moments import merge_steps
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries, flat_statistics
 from flaxbn.tracing.measure import replace_seen
 
-_AHEAD = 1
+_AHEAD = 1  # fresh memory for what is kept costs more than waiting does; further ahead it piles up
 
 _merge_steps = jax.jit(merge_steps)
-
-
 _replace_seen = jax.jit(replace_seen)
 
 
@@ -39,7 +37,7 @@ class Batch:
     Attributes:
         number: its place in the data, from 0.
         size: its samples, without padding.
-        fetch: reads it.
+        read: gives its arrays.
         segments: what runs it.
         values: what is kept of it at the last kept boundary; None where that is the data.
         weights: the weights of its samples, once it has been read.
@@ -47,7 +45,7 @@ class Batch:
 
     number: int
     size: int
-    fetch: Callable[[], Any]
+    read: Callable[[], Any]
     segments: Segments
     values: Values | None = None
     weights: Array | None = None
@@ -60,43 +58,64 @@ class Found(NamedTuple):
         moments: those of all batches.
         statistics: the mean and variance that the call let through.
         first_bad: the first batch whose moments are not finite, or -1.
-        watched: the moments of each watched batch.
     """
 
     moments: list[Moments]
     statistics: list[tuple[Array, Array]]
     first_bad: list[int]
-    watched: list[list[Moments]]
 
 
-def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], watched: Sequence[int]) -> Found:
+class Stage(NamedTuple):
+    """The step of a run in which all batches get to the input of one call.
+
+    Attributes:
+        asked: the request.
+        shared: what holds for all batches, for each set of segments, by its id.
+        base: the call from whose boundary batches start: what lives there is kept, or it is the data.
+        call: the call whose input is measured.
+        keeps: whether what lives after it is kept.
+    """
+
+    asked: Request
+    shared: Mapping[int, Values]
+    base: int
+    call: int
+    keeps: bool
+
+
+def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found:
     """All batches through one call after the other; blocks, and merges over processes, once for each call."""
     wholes = {id(batch.segments): batch.segments for batch in batches}
     shared = {key: whole.shared(asked.variables) for key, whole in wholes.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
-    found = Found([], [], [], [])
+    found = Found([], [], [])
     base = 0
     for call, keeps in enumerate(kept):
-
-        def local(call: int = call, keeps: bool = keeps, base: int = base) -> Moments:
-            chunks, seen = _measure(asked, batches, shared, base, call, keeps, watched)
-            moments, bad = _merge_chunks(chunks)
-            rows = batches[0].segments.segments[call].rows
-            found.watched.append(seen)
-            found.first_bad.append(next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1))
-            return moments
-
         entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
-        moments = _of_all_processes(local if batches else None, entries, defaults)
+        moments, first_bad = _measure_everywhere(Stage(asked, shared, base, call, keeps), batches, entries, defaults)
         mean, var = _replace_seen(*(a[entries - 1] for a in defaults), moments)
         found.moments.append(moments)
         found.statistics.append((mean, var))
+        found.first_bad.append(first_bad)
         for key, whole in wholes.items():
             shared[key] |= whole.segments[call].statistics(mean, var)
         if keeps and base == 0:
             for batch in batches:
-                batch.fetch = batch.fetch if batch.number in watched else _already_read
+                batch.read = _already_read
         base = call + 1 if keeps else base
+    return found
+
+
+def moments_with(asked: Request, batch: Batch, statistics: Sequence[tuple[Array, Array]]) -> list[Moments]:
+    """The moments of each call's input in one batch, where the calls let these statistics through."""
+    shared = batch.segments.shared(asked.variables)
+    values = fetch(asked, batch)
+    found = []
+    for segment, given in zip(batch.segments.segments, statistics, strict=True):
+        buffer, made, _ = segment.measure(values, shared, {}, batch.weights, segment.empty(), 0)
+        values = {v: a for v, a in values.items() if v not in segment.dead} | made
+        shared |= segment.statistics(*given)
+        found.append(jax.tree.map(lambda a: a[0], buffer))
     return found
 
 
@@ -104,65 +123,62 @@ def _already_read() -> Any:
     raise AssertionError("a batch is read again only where nothing of it is kept")
 
 
-def _of_all_processes(
-    local: Callable[[], Moments] | None, entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
-) -> Moments:
-    """The moments of one call, merged over processes, some of which may have no data."""
-    if local is not None and jax.process_count() == 1:
-        return local()
+def _measure_everywhere(
+    stage: Stage, batches: Sequence[Batch], entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
+) -> tuple[Moments, int]:
+    """The moments of one call, merged over processes, some of which may have no data; the first bad batch here."""
+    if jax.process_count() == 1:
+        return _measure(stage, batches)
 
-    def by_entry() -> Moments:
+    def by_entry() -> tuple[Moments, int]:
         default_mean, default_var = defaults
-        fields = [np.zeros_like(a) for a in (default_var, default_mean, default_var)]
-        if local is not None:
-            for field, values in zip(fields, jax.device_get(local())):
+        fields, first_bad = [np.zeros_like(a) for a in (default_var, default_mean, default_var)], -1
+        if batches:
+            moments, first_bad = jax.device_get(_measure(stage, batches))
+            for field, values in zip(fields, moments):
                 field[entries - 1] = values
-        return Moments(*fields)  # type: ignore[arg-type]
+        return Moments(*fields), first_bad  # type: ignore[arg-type]
 
-    everywhere = merge(*together(by_entry))
-    return Moments(*(field[entries - 1] for field in everywhere))
+    moments, first_bad = on_all(by_entry)
+    everywhere = merge(*gather(moments))
+    return Moments(*(field[entries - 1] for field in everywhere)), first_bad
 
 
-def _measure(
-    asked: Request,
-    batches: Sequence[Batch],
-    shared: Mapping[int, Values],
-    base: int,
-    call: int,
-    keeps: bool,
-    watched: Sequence[int],
-) -> tuple[list[Any], list[Moments]]:
-    """The merged moments of one call's input in chunks, and those of the watched batches."""
+def _measure(stage: Stage, batches: Sequence[Batch]) -> tuple[Moments, int]:
+    """The merged moments of one call's input in all batches, and the first batch that has some that are not finite."""
+    rows = batches[0].segments.segments[stage.call].rows
+    ahead = Ahead(_AHEAD if stage.base == stage.call else 0)
     chunks: list[Any] = []
-    seen: list[Moments] = []
-    ahead: deque[Array] = deque()
     for batch in batches:
-        segment = batch.segments.segments[call]
-        slot = batch.number % segment.rows
+        slot = batch.number % rows
         if slot == 0:
-            buffer = segment.empty()
-        common = shared[id(batch.segments)]
-        values = _values(asked, batch, common, base, call)
-        retained: Values = {} if keeps or batch.values is None else batch.values
-        if keeps:
-            batch.values = None
-        buffer, made, done = segment.measure(values, common, retained, batch.weights, buffer, slot)
-        if keeps:
-            batch.values = {v: a for v, a in values.items() if v not in segment.dead} | made
-        if batch.number in watched:
-            seen.append(jax.tree.map(lambda a, slot=slot: a[slot], buffer))
-        if slot == segment.rows - 1 or batch is batches[-1]:
+            buffer = batch.segments.segments[stage.call].empty()
+        buffer, done = _measure_batch(stage, batch, buffer, slot)
+        if slot == rows - 1 or batch is batches[-1]:
             chunks.append(_merge_steps([buffer]))
-        ahead.append(done)
-        if len(ahead) > (_AHEAD if base == call else 0):
-            jax.block_until_ready(ahead.popleft())
-    return chunks, seen
+        ahead.started(done)
+    moments, bad = _merge_chunks(chunks)
+    return moments, next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1)
 
 
-def _values(asked: Request, batch: Batch, shared: Values, base: int, call: int) -> Values:
+def _measure_batch(stage: Stage, batch: Batch, buffer: Moments, slot: int) -> tuple[Moments, Array]:
+    """The buffer with the moments of one batch, which then holds what the stage keeps; and a token."""
+    segment = batch.segments.segments[stage.call]
+    shared = stage.shared[id(batch.segments)]
+    values = _values(stage, batch, shared)
+    retained: Values = {} if stage.keeps or batch.values is None else batch.values
+    if stage.keeps:
+        batch.values = None  # what is not needed any more may be overwritten
+    buffer, made, done = segment.measure(values, shared, retained, batch.weights, buffer, slot)
+    if stage.keeps:
+        batch.values = {v: a for v, a in values.items() if v not in segment.dead} | made
+    return buffer, done
+
+
+def _values(stage: Stage, batch: Batch, shared: Values) -> Values:
     """What lives of a batch before a call, computed from what is kept."""
-    values = fetch(asked, batch) if batch.values is None else dict(batch.values)
-    for segment in batch.segments.segments[base:call]:
+    values = fetch(stage.asked, batch) if batch.values is None else dict(batch.values)
+    for segment in batch.segments.segments[stage.base : stage.call]:
         made = segment.advance(values, shared)
         values = {v: a for v, a in values.items() if v not in segment.dead} | made
     return values
@@ -170,7 +186,7 @@ def _values(asked: Request, batch: Batch, shared: Values, base: int, call: int) 
 
 def fetch(asked: Request, batch: Batch) -> Values:
     """Reads a batch, and the weights of its samples."""
-    whole, present = placed(batch.fetch(), asked.setting.sharding)
+    whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
         batch.weights = batch.segments.sample_weights(whole, present)
     keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)

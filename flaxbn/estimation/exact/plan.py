@@ -7,11 +7,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.data.batches import abstract, check_arrays, check_positive, chosen_samples, known_batches, strided_rows
+from flaxbn.data.batches import (
+    Source,
+    check_positive,
+    open_batches,
+)
 from flaxbn.data.placement import free_bytes, own_mesh, shards
 from flaxbn.estimation.exact.layer_by_layer import Batch
 from flaxbn.estimation.exact.prepare import prepare_batches
@@ -149,18 +152,15 @@ def plan(
         ValueError: if the model has no batch-norm layer, or one inside a `while` loop, inside a `cond` that data or
             variables decide, or inside `shard_map`; more than 512 calls; with weights, an unknown batch axis.
     """
-    check_arrays(batches, batch_size)
-    check_positive("batch_size", batch_size)
-    check_positive("num_samples", num_samples)
     check_limit(memory_limit, "exact")
     asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
-    if batch_size is None:
-        known = known_batches(batches, num_samples)
-    else:
-        rows = strided_rows(chosen_samples(batches, num_samples), batch_size)
-        known = [abstract(batches, len(row)) for group in rows for row in group]
-    with own_mesh(asked.setting.sharding, by_device=asked.setting.by_device):
-        return plan_batches(asked, prepare_batches(asked, [(shape, lambda: None) for shape in known]), memory_limit)
+    shapes = open_batches(batches, batch_size, num_samples).shapes()
+    with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+        return plan_batches(asked, prepare_batches(asked, [Source(s, _unread) for s in shapes]), memory_limit)
+
+
+def _unread() -> Any:
+    raise AssertionError("a plan reads no data")
 
 
 def check_limit(memory_limit: Any, method: str) -> None:
@@ -175,10 +175,7 @@ def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | N
     if memory_limit is None:
         free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
         memory_limit = None if free is None else max(free // 2, 1)
-    names = []
-    for entries in batches[0].segments.entries:
-        path = next(path for path, own in asked.layers.entries.items() if np.isin(own, entries).any())
-        names.append(layer_name(path))
+    names = [layer_name(asked.layers.layer_of(entries)) for entries in batches[0].segments.entries]
     samples = sum(batch.size for batch in batches)
-    parts = shards(asked.setting.sharding)
+    parts = shards(asked.options.sharding)
     return make_plan(names, [batch.segments for batch in batches], samples, parts, memory_limit)

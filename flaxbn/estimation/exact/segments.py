@@ -15,15 +15,13 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments
 from flaxbn.data.batches import count_samples
-from flaxbn.estimation.calls import find_sites, sample_weights
-from flaxbn.estimation.compiled import Setting, Shapes
-from flaxbn.estimation.sharded import measure_spread
+from flaxbn.estimation.calls import find_calls, sample_weights
+from flaxbn.estimation.chunks import batches_in_chunk, put, room
+from flaxbn.estimation.compiled import PassOptions, Shapes
+from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.flatten import unroll
-from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, structure, work
+from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, operations, structure
 from flaxbn.tracing.primitive import as_tap, tap_p
-
-_ROWS = 256
-_BUFFER_BYTES = 2**26
 
 Values = dict[Any, Any]
 """Variables of a program, and what they hold for one batch."""
@@ -33,7 +31,7 @@ class Segments:
     """The segments of a model for batches of one shape, one for each call of a wanted layer, in order.
 
     Attributes:
-        sites: the flat program and the calls in it.
+        calls: the flat program and the calls in it.
         samples: how many a batch has, padding included.
         layers: the layer of each call, for messages.
         entries: for each call the numbers of the stored entries that it reads.
@@ -41,20 +39,20 @@ class Segments:
         live: the variables of a batch that later calls need, before each call and after the last.
     """
 
-    def __init__(self, setting: Setting, shapes: Shapes) -> None:
-        self.setting = setting
-        self.sites = find_sites(setting, shapes, unroll)
-        self.entries = list(self.sites.entries.values())
-        jaxpr = self.sites.program.jaxpr
+    def __init__(self, options: PassOptions, shapes: Shapes) -> None:
+        self.options = options
+        self.calls = find_calls(options, shapes, unroll)
+        self.entries = list(self.calls.entries.values())
+        jaxpr = self.calls.program.jaxpr
         taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]
-        self.taps = [taps[site] for site in self.sites.entries]
+        self.taps = [taps[site] for site in self.calls.entries]
         self.layers = [eqn.params["layer"] for eqn in self.taps]
         variables, batch, _ = shapes.abstract()
         self.samples = count_samples(batch)
         weights, self._batch_leaves = len(jax.tree.leaves(variables)), len(jax.tree.leaves(batch))
         self._shared = [*jaxpr.constvars, *jaxpr.invars[:weights]]
         self.inputs = jaxpr.invars[weights:]
-        self.sample_weights = jax.jit(lambda batch, present: sample_weights(setting, batch, present))
+        self.sample_weights = jax.jit(lambda batch, present: sample_weights(options, batch, present))
         self._compiled: dict[Hashable, Any] = {}
         tapped = set(map(id, self.taps))
         made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
@@ -63,7 +61,7 @@ class Segments:
 
     def shared(self, variables: Any) -> Values:
         """The variables that hold the same for all batches, but for the statistics."""
-        return dict(zip(self._shared, (*self.sites.program.consts, *jax.tree.leaves(variables))))
+        return dict(zip(self._shared, (*self.calls.program.consts, *jax.tree.leaves(variables))))
 
     @property
     def uses_keys(self) -> bool:
@@ -91,13 +89,13 @@ class Segment:
 
     def __init__(self, whole: Segments, call: int, stage: Sequence[int], made_by: Mapping[Any, int]) -> None:
         self._whole = whole
-        self._site = list(whole.sites.entries)[call]
+        self._site = list(whole.calls.entries)[call]
         self._tap = tap = whole.taps[call]
-        eqns = whole.sites.program.jaxpr.eqns
+        eqns = whole.calls.program.jaxpr.eqns
         before, after = whole.live[call], whole.live[call + 1]
         operands = [tap.invars[0], *tap.invars[3:]]
         own = {v for i in stage for v in eqns[i].outvars}
-        self.work = sum(work(eqns[i]) for i in stage)
+        self.work = sum(operations(eqns[i]) for i in stage)
         self.dead = before.keys() - after.keys()
         self._made = [v for v in after if v in own]
         needed = _closure([*operands, *self._made], before, eqns, made_by)
@@ -129,17 +127,17 @@ class Segment:
 
     def check_values(self) -> None:
         """A single value per channel in this batch is an error."""
-        self._whole.sites.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
+        self._whole.calls.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
 
     @property
     def rows(self) -> int:
         """How many batches a buffer has room for."""
-        return min(_ROWS, max(1, _BUFFER_BYTES // (12 * max(self._tap.outvars[0].aval.size, 1))))
+        return batches_in_chunk(self._tap.outvars[0].aval.size)
 
     def empty(self) -> Moments:
-        """Room for the moments of some batches: zeros, which merging ignores."""
+        """Room for the moments of some batches."""
         mean, var = (v.aval for v in self._tap.outvars)
-        return Moments(*(jnp.zeros((self.rows, *a.shape), a.dtype) for a in (var, mean, var)))
+        return room(Moments(var, mean, var), self.rows)
 
     def statistics(self, mean: Array, var: Array) -> Values:
         """What the call lets through, as variables shared by later segments."""
@@ -148,14 +146,14 @@ class Segment:
     @cached_property
     def _key(self) -> Hashable:
         params = {name: value for name, value in self._tap.params.items() if name != "layer"}
-        places = tuple(v in self._spent for v in self._read), self._whole.sites.batch_axes.get(self._site)
+        places = tuple(v in self._spent for v in self._read), self._whole.calls.batch_axes.get(self._site)
         shape = tuple(v.aval for v in self._tap.invars[1:3])
         invars, outvars = [*self._read, *self._shared], [*self._operands, *self._made]
         return len(self._read), places, shape, as_key(params), structure(invars, self._eqns, outvars)
 
     @cached_property
     def _function(self) -> Any:
-        debug_info = self._whole.sites.program.jaxpr.debug_info
+        debug_info = self._whole.calls.program.jaxpr.debug_info
         return as_function(self._eqns, [*self._read, *self._shared], [*self._operands, *self._made], debug_info)
 
     @cached_property
@@ -179,9 +177,9 @@ class Segment:
         (x, *others), made = outputs[: len(self._operands)], outputs[len(self._operands) :]
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
         tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
-        weights = self._whole.sites.weights(tap, weights)
-        moments = measure_spread(tap, weights, self._whole.samples, self._whole.setting.sharding)
-        return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments), made, slot + 1
+        weights = self._whole.calls.weights(tap, weights)
+        moments = measure_sharded(tap, weights, self._whole.samples, self._whole.options.sharding)
+        return put(buffer, slot, moments), made, slot + 1
 
 
 def _cut(

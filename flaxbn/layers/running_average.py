@@ -1,0 +1,89 @@
+"""What a layer keeps from batch to batch, and how a batch changes it.
+
+The running average of the statistics, and, where something is scheduled, the number of updates. A layer with domains
+keeps a row of each for every domain; a batch of one domain reads and writes that row alone.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flaxbn.arithmetic.moments import Moments, widen
+from flaxbn.arithmetic.normalize import ema
+from flaxbn.arithmetic.renorm import Statistics
+from flaxbn.layers.arguments import Options
+
+
+class Stored(NamedTuple):
+    """What a layer keeps from batch to batch.
+
+    Attributes:
+        mean, var: the running average, of shape (*channels), or (num_domains, *channels).
+        steps: the number of updates, a scalar or (num_domains,); None where there is none.
+    """
+
+    mean: Array
+    var: Array
+    steps: Array | None = None
+
+
+def initial_steps(num_domains: int | None) -> Array:
+    """The number of updates of a layer, or of each domain of it, before the first."""
+    return jnp.zeros(() if num_domains is None else (num_domains,), jnp.int32)
+
+
+def stored_dtype(dtype: Any) -> Any:
+    """The dtype of the running mean of input of `dtype`: averages of half precision would soon stand still."""
+    return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
+
+
+def row_of(a: Any, row: Array | None) -> Any:
+    """What is stored for one domain, NaN for one out of range; all of it where there is no row."""
+    return a if a is None or row is None else a.at[row].get(mode="fill", fill_value=None)
+
+
+def read_steps(stored: Stored, num_domains: int | None) -> Array:
+    """The stored number of updates, 0 where a checkpoint lacks it, also where averaging tools have made it a float."""
+    steps = initial_steps(num_domains) if stored.steps is None else stored.steps
+    return jnp.round(jnp.asarray(steps)).astype(jnp.int32)
+
+
+def update_stored(
+    options: Options, stored: Stored, running: Statistics, batch: Moments, seen: Array, row: Array | None
+) -> Stored:
+    """What is stored after a batch; where it has no usable statistics, what was stored before.
+
+    One infinite activation, as loss scaling makes them on purpose, would otherwise stay in the average for ever. A step
+    counts where any channel was updated.
+
+    Args:
+        options: what the layer is.
+        stored: what it stored before.
+        running: the part of it that belongs to the batch: `row`, or all of it.
+        batch: the Moments of the batch, of the shape of `running`.
+        seen: for each of them, whether enough positions count for them to be used.
+        row: the domain of the batch, if there is one.
+    """
+    usable = seen & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+    mean = _averaged(running.mean, batch.mean, options.momentum, usable)
+    var = _averaged(running.var, batch.var, options.momentum, usable)
+    steps = stored.steps
+    if options.counts_updates:
+        channels = range((options.num_domains is not None) - stored.mean.ndim, 0)
+        steps = read_steps(stored, options.num_domains)
+        steps = _with_row(steps, row, row_of(steps, row) + jnp.any(usable, tuple(channels))).astype(jnp.int32)
+    return Stored(_with_row(stored.mean, row, mean), _with_row(stored.var, row, var), steps)
+
+
+def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
+    """The running average, in the wider of both dtypes, float32 at least; no gradient flows into what is stored."""
+    dtype = jnp.promote_types(widen(old.dtype), stored_dtype(new.dtype))
+    old = old.astype(dtype)
+    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
+
+
+def _with_row(a: Array, row: Array | None, new: Array) -> Array:
+    """What is stored, with `new` for one domain; nothing is written for one out of range."""
+    return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")

@@ -1,0 +1,98 @@
+"""A program read without its data: what some arguments alone determine.
+
+With the numbers of stored entries for known arguments, and images and parameters unknown, what reaches a tap's `mean`
+tells which entries its layer reads: through slices, loops and vmap, and without knowing the layer.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxbn.tracing.jaxpr import evaluate, interpret
+from flaxbn.tracing.primitive import tap_p
+from flaxbn.tracing.program import Program, has_tap, kind_of, run_steps
+
+_TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
+
+
+class _Unknown:
+    """A value that the known arguments do not determine."""
+
+
+UNKNOWN = _Unknown()
+
+
+def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What reaches the `mean` of each tap where only some arguments are known.
+
+    Computes what the known arguments determine and nothing else. All branches of a `cond` are read.
+
+    Args:
+        program: the program; those of its constants that are traced are unknown.
+        args: its arguments, arrays or `UNKNOWN`.
+
+    Returns:
+        The outputs and the means, or `UNKNOWN`, stacked as the records of `Program.run` are.
+    """
+    means: list[Any] = []
+
+    def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
+        if eqn.primitive is tap_p:
+            means.append(values[1])
+        elif has_tap(eqn):
+            outputs, found = _read_inside(program, eqn, values)
+            means.extend(found)
+            return outputs
+        elif eqn.primitive.name in _TYPE_CHANGES:
+            return values
+        elif not eqn.effects and not any(v is UNKNOWN for v in values):
+            return evaluate(eqn, values, program.jaxpr.debug_info)
+        return [UNKNOWN] * len(eqn.outvars)
+
+    consts = [UNKNOWN if isinstance(c, jax.core.Tracer) else c for c in program.consts]
+    return interpret(program.jaxpr, consts, args, step), means
+
+
+def _read_inside(program: Program, eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The outputs of an equation with taps inside, and the means that reach these."""
+    programs = program.inner(eqn)
+    kind = kind_of(eqn)
+    if kind == "cond":
+        return _read_cond(programs, values)
+    if kind == "scan":
+        return _read_scan(eqn, programs[0], values)
+    return read_by_taps(programs[0], values)
+
+
+def _read_cond(programs: list[Program], values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """All branches, one after the other, as records of a `cond` are; what decides between them need not be known."""
+    _, *operands = values
+    outputs, means = zip(*(read_by_taps(p, operands) for p in programs))
+    return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(means)]
+
+
+def _agreed(values: Sequence[Any]) -> Any:
+    """What all branches return, which is known whatever decides between them."""
+    if any(v is UNKNOWN for v in values):
+        return UNKNOWN
+    return values[0] if all(np.array_equal(values[0], v) for v in values[1:]) else UNKNOWN
+
+
+def _read_scan(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Each step for itself, since each may read entries of its own, of which some may be unknown."""
+
+    def run(values: list[Any]) -> list[Any]:
+        outputs, means = read_by_taps(program, values)
+        return [*outputs, *means]
+
+    carry, others = run_steps(eqn, program, values, lambda x, i: x if x is UNKNOWN else x[i], run)
+    stacked = [_stacked(column) for column in zip(*others)]
+    scanned = len(eqn.outvars) - len(carry)
+    return [*carry, *stacked[:scanned]], stacked[scanned:]
+
+
+def _stacked(steps: Sequence[Any]) -> Any:
+    return UNKNOWN if any(a is UNKNOWN for a in steps) else np.stack(steps)
