@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 NUM_DEVICES = 8
-# What scripts compile in processes of their own, whichever worker started them.
+# What the workers of one run and the scripts that they start compile, so that it is compiled once.
 _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ.setdefault("FLAXBN_TESTS_CACHE", _compiled.name)
+CACHE = os.environ.setdefault("FLAXBN_TESTS_CACHE", _compiled.name)
 
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)

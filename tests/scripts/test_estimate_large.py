@@ -21,6 +21,7 @@ data, estimate_large, results, training = map(
 )
 
 
+@pytest.mark.processes
 class TestEstimateLarge:
     SAMPLES = 1000
 

@@ -25,6 +25,7 @@ def model(out, name):
     return training.load_variables(out / "checkpoints" / name / "seed0" / "model")
 
 
+@pytest.mark.processes
 class TestTrainMnist:
     OPTIONS = ("--epochs", 1, "--modes", "running", "population")
 
@@ -113,6 +114,7 @@ class TestTrainMnist:
             assert "--out must be a folder that all processes see: process [1] of 2 does not find" in errors
 
 
+@pytest.mark.processes
 def test_train_domains(tmp_path):
     given = ("--epochs", 1, "--seeds", 1, "--variants", "mixed-domain", "turn-shared", "--weighting-samples", 600)
     run_both("train_domains.py", tmp_path, *given)

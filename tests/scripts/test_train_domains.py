@@ -58,6 +58,7 @@ def run(tmp_path_factory):
     return out, output
 
 
+@pytest.mark.processes
 class TestRun:
     def test_the_configuration_is_printed_first_and_the_tables_last(self, run):
         _, output = run

@@ -56,6 +56,7 @@ def run(tmp_path_factory):
     return out, output
 
 
+@pytest.mark.processes
 class TestRun:
     def test_the_configuration_is_printed_first_and_the_table_last(self, run):
         _, output = run
@@ -128,6 +129,7 @@ def begin(out, config):
     return dataclasses.replace(config, out=out).begin()
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
     options = ("--epochs", 5, "--modes", "running", "population", "--norm", "renorm")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -1,5 +1,6 @@
 """Loops, branches and cells around layers, run with statistics chosen from outside, against float64."""
 
+import jax
 import numpy as np
 import pytest
 from models import (
@@ -84,3 +85,13 @@ def test_a_layer_inside_while_is_an_error():
     model = InsideWhile()
     with pytest.raises(ValueError, match=r"must not lie inside `while`.*block/norm"):
         flaxbn.estimate_population_stats(model, initialized(model), BATCHES)
+
+
+def test_layers_in_branches_are_left_out_by_their_names():
+    model = Branches()
+    variables, batches = initialized(model), [BATCHES[0] + 5, BATCHES[1] - 5]
+    found = flaxbn.estimate_population_stats(model, variables, batches, only=lambda path: path.startswith("small"))
+    _, mean, var = dense_normalized(variables, 2 * batches[1].astype(np.float64), ("small",))
+    assert_same_statistics(found["small"]["norm"], {"mean": mean, "var": var})
+    for name in ("large", "after"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], variables["batch_stats"][name])
