@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test flax-suite readme docs notebooks lint bench clean
+.PHONY: train domains test mutation flax-suite readme docs notebooks lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -44,7 +44,10 @@ domains: $(INSTALLED)
 	$(BIN)/python scripts/train_domains.py --out runs/domains --overwrite $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python tests/run.py $(ARGS)
+
+mutation: $(INSTALLED)
+	$(BIN)/python tests/mutation.py $(ARGS)
 
 flax-suite: $(INSTALLED)
 	$(BIN)/python tests/flax_suite/run.py

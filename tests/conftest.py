@@ -2,16 +2,24 @@
 
 import os
 import pathlib
+import tempfile
 
 import chex
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 NUM_DEVICES = 8
+# What the workers of one run and the scripts that they start compile, so that it is compiled once.
+_compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+CACHE = os.environ.setdefault("FLAXBN_TESTS_CACHE", _compiled.name)
 
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -21,6 +29,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter():
     chex.clear_trace_counter()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers(request):
+    """What a test draws does not depend on which tests its process ran before."""
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
 
 
 @pytest.fixture
@@ -40,3 +55,8 @@ def data_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no data at {path}; set FLAXBN_DATA")
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """What starts processes begins first: it takes longest, and does not use a core all the time."""
+    items.sort(key=lambda item: not {"scripts", "test_processes.py"} & set(item.path.parts))

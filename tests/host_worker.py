@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
+from models import MLP
 
 import flaxbn
 
@@ -27,17 +27,7 @@ def results(processes):
     return [(case, "precise") for case in cases + precise] + [(case, "exact") for case in cases]
 
 
-class Net(nn.Module):
-    """Two layers of batch normalization."""
-
-    @nn.compact
-    def __call__(self, x):
-        for features in (6, 5):
-            x = nn.relu(flaxbn.BatchNorm(use_running_average=True)(nn.Dense(features)(x)))
-        return x
-
-
-NET = Net()
+NET = MLP(norm=flaxbn.BatchNorm)
 
 
 def make_variables():

@@ -34,6 +34,117 @@ class CallsOurSuper(flaxbn.BatchNorm):
         return 2 * super().__call__(x, use_running_average, **kwargs)
 
 
+class MLP(nn.Module):
+    """Dense layers with batch normalization, an activation and dropout behind each, and a Dense layer for `outputs`."""
+
+    features: tuple[int, ...] = (6, 5)
+    norm: object = nn.BatchNorm
+    momentum: float = 0.0
+    activation: object = staticmethod(nn.relu)
+    dropout: float = 0.0
+    outputs: int | None = None
+    dtype: object = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for features in self.features:
+            norm = self.norm(use_running_average=not train, momentum=self.momentum, dtype=self.dtype)
+            x = self.activation(norm(nn.Dense(features, dtype=self.dtype)(x)))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x if self.outputs is None else nn.Dense(self.outputs, dtype=self.dtype)(x)
+
+
+class OneLayer(nn.Module):
+    """A single layer, named, on data as they are."""
+
+    norm: object = nn.BatchNorm
+    momentum: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.norm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+
+
+class ConvNet(nn.Module):
+    """Four layers of convolution, batch normalization and ReLU, with dropout between."""
+
+    norm: object = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(4):
+            x = nn.Conv(4, (3, 3), padding="VALID" if x.shape[1] > 3 else "SAME")(x)
+            x = self.norm(use_running_average=not train, momentum=0.0)(x)
+            x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return x.mean((1, 2))
+
+
+class Flattened(nn.Module):
+    """The batch axis is merged with another before the layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True, name="norm")(x.reshape(-1, x.shape[-1]))
+
+
+class MaskedLayer(nn.Module):
+    """A single layer whose mask is part of the batch."""
+
+    @nn.compact
+    def __call__(self, batch):
+        return flaxbn.BatchNorm(use_running_average=True, name="norm")(batch["x"], mask=batch["mask"])
+
+
+class Noisy(nn.Module):
+    """A layer that sees the data, and one that sees nothing but random numbers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="data")(x)
+        x = 0 * x + jax.random.normal(self.make_rng("noise"))
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+class Residual(nn.Module):
+    """Two layers around a residual connection, and one behind it."""
+
+    norm: object = nn.BatchNorm
+    dtype: object = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm(x):
+            return self.norm(use_running_average=not train, momentum=0.0, dtype=self.dtype)(x)
+
+        x = nn.relu(norm(nn.Dense(4, dtype=self.dtype)(x)))
+        x = x + nn.relu(norm(nn.Dense(4, dtype=self.dtype)(x)))
+        return norm(nn.Dense(2, dtype=self.dtype)(x))
+
+
+class Pair(nn.Module):
+    """Two layers behind each other, and dropout."""
+
+    norm: object = nn.BatchNorm
+    mix: object = staticmethod(lambda x: x)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = self.norm(use_running_average=not train, name="first")(nn.Dense(4)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(self.mix(jnp.tanh(x)))
+        return self.norm(use_running_average=not train, name="second")(x)
+
+
+class DomainLayer(nn.Module):
+    """A single layer with statistics for each domain; the domain is part of the batch."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, batch):
+        norm = flaxbn.BatchNorm(use_running_average=True, num_domains=self.count, name="norm")
+        return norm(batch["x"], domain=batch["domain"])
+
+
 def renorm(**kwargs):
     return flaxbn.BatchRenorm(r_max=1.0, d_max=0.0, **kwargs)
 

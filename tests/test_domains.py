@@ -1,12 +1,12 @@
 """Domains as named collections, for models that know nothing of domains."""
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from models import DomainLayer, OneLayer
 from oracle import assert_same_statistics, merged
 
 import flaxbn
@@ -19,15 +19,7 @@ DATA = {
 }
 
 
-class Net(nn.Module):
-    """A stock layer."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
-
-
-NET = Net()
+NET = OneLayer(momentum=0.5)
 VARIABLES = NET.init(jax.random.key(0), DATA["clean"])
 STATS = domains.replicate(VARIABLES["batch_stats"], DATA)
 
@@ -69,22 +61,18 @@ def test_pooled_moments_are_those_of_all_data():
     assert_same_statistics(found["norm"], {"mean": mean, "var": var})
 
 
-class DomainNet(nn.Module):
-    @nn.compact
-    def __call__(self, x, domain, train=False):
-        return flaxbn.BatchNorm(use_running_average=not train, num_domains=2, name="norm")(x, domain=domain)
-
-
 def test_a_plain_model_becomes_a_model_with_domains_and_back():
     stats = domains.estimate(NET, VARIABLES, DATA, batch_size=8)
-    stacked = domains.stack(stats, ["noisy", "clean"])
+    stacked, model = domains.stack(stats, ["noisy", "clean"]), DomainLayer(2)
     variables = {**VARIABLES, "batch_stats": stacked}
     chex.assert_trees_all_equal_shapes_and_dtypes(
-        stacked, DomainNet().init(jax.random.key(0), DATA["clean"], 0)["batch_stats"]
+        stacked, model.init(jax.random.key(0), {"x": DATA["clean"], "domain": 0})["batch_stats"]
     )
     for number, name in enumerate(["noisy", "clean"]):
         plain = NET.apply(domains.select(VARIABLES, stats, name), DATA["clean"])
-        np.testing.assert_allclose(DomainNet().apply(variables, DATA["clean"], number), plain, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            model.apply(variables, {"x": DATA["clean"], "domain": number}), plain, rtol=1e-5, atol=1e-6
+        )
     chex.assert_trees_all_equal(domains.unstack(stacked, ["noisy", "clean"]), stats)
 
 

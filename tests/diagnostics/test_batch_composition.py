@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from models import DomainLayer
 
-import flaxbn
 from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
 from flaxbn.diagnostics.diagnosis import diagnose
 from flaxbn.diagnostics.evidence import Evidence
@@ -120,14 +120,6 @@ def test_layers_left_out():
     assert traps(record(0.5), record(0.2), ["norm"]) == []
 
 
-class Domains(nn.Module):
-    @nn.compact
-    def __call__(self, batch):
-        return flaxbn.BatchNorm(use_running_average=True, num_domains=4, name="norm")(
-            batch["x"], domain=batch["domain"]
-        )
-
-
 @pytest.mark.parametrize("correlation", [0.0, 0.2])
 def test_rows_of_domains_met_a_batch_each(correlation):
     """Of 64 batches of one of four domains each; shuffled, each batch has a quarter as many of a domain."""
@@ -136,8 +128,8 @@ def test_rows_of_domains_met_a_batch_each(correlation):
     x = (own + RNG.normal(size=(64, 1, 100)) * np.sqrt(correlation)).reshape(-1, 100).astype(np.float32)
     batch = {"x": x, "domain": domain}
     exact = {"norm": {f: np.stack([getattr(x[domain == d], f)(0) for d in range(4)]) for f in ("mean", "var")}}
-    variables = {**Domains().init(jax.random.key(0), batch), "batch_stats": exact}
-    found = diagnose(Domains(), variables, batch, lambda output, _: output.sum(-1), batch_size=32)
+    variables = {**DomainLayer(4).init(jax.random.key(0), batch), "batch_stats": exact}
+    found = diagnose(DomainLayer(4), variables, batch, lambda output, _: output.sum(-1), batch_size=32)
     assert {record.batches for record in found.noise[None]} == {16}
     assert {record.batches for record in found.shuffled[None]} == {64}
     traps = [finding.trap for finding in found.findings]

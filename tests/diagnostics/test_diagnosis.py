@@ -303,7 +303,7 @@ def test_renormalization_is_not_found_to_have_small_batches():
     assert "non-i.i.d. batches" not in named(variables, by_class(DATA), model=model, batch_size=64)[0]
 
 
-class Members(nn.Module):
+class Halves(nn.Module):
     """A layer for each half of the channels, their statistics stacked."""
 
     norm: type
@@ -319,7 +319,7 @@ class Members(nn.Module):
         return mapped(self, x.reshape(len(x), 2, -1))
 
 
-@pytest.mark.parametrize("model", [Members, lambda norm: norm(use_running_average=True)])
+@pytest.mark.parametrize("model", [Halves, lambda norm: norm(use_running_average=True)])
 @pytest.mark.parametrize("norm", [nn.BatchNorm, flaxbn.BatchNorm, flaxbn.BatchRenorm])
 def test_renormalization_is_known_where_its_steps_are_not_stored(model, norm):
     """As in a checkpoint of `BatchNorm`, from which it goes on."""

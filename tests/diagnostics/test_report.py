@@ -3,11 +3,11 @@
 import builtins
 import io
 
-import flax.linen as nn
 import jax
 import matplotlib
 import numpy as np
 import pytest
+from models import MLP
 
 import flaxbn
 from flaxbn import diagnostics
@@ -15,16 +15,8 @@ from flaxbn import diagnostics
 matplotlib.use("Agg")
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for features in (6, 5):
-            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(features)(x)))
-        return x
-
-
 X = np.random.default_rng(0).normal(3, 1, (256, 4)).astype(np.float32)
-NET = Net()
+NET = MLP()
 
 
 @pytest.fixture(scope="module")

@@ -546,7 +546,7 @@ def test_the_fields_are_flax_s_with_one_other_default():
     assert ours[len(theirs) :] == [("num_domains", None), ("domain_affine", False)]
 
 
-class Net(nn.Module):
+class AutoNamed(nn.Module):
     norm: Callable
 
     @nn.compact
@@ -563,7 +563,7 @@ class Sub(BatchNorm):
 
 
 def test_names_and_initial_values_are_flax_s():
-    ours, theirs = (Net(norm).init(KEY, data(), train=True) for norm in (BatchNorm, nn.BatchNorm))
+    ours, theirs = (AutoNamed(norm).init(KEY, data(), train=True) for norm in (BatchNorm, nn.BatchNorm))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert set(ours["params"]) == {"Dense_0", "Dense_1", "BatchNorm_0", "BatchNorm_1", "last"}
     chex.assert_trees_all_equal(ours, theirs)
@@ -571,14 +571,14 @@ def test_names_and_initial_values_are_flax_s():
 
 
 def test_a_stock_checkpoint_loads_unchanged():
-    stock = Net(nn.BatchNorm)
+    stock = AutoNamed(nn.BatchNorm)
     held = stock.init(KEY, data(), train=True)
     for seed in range(3):
         _, new = stock.apply(held, data(3.0, seed=seed), train=True, mutable=["batch_stats"])
         held = held | new
-    loaded = serialization.from_bytes(Net(BatchNorm).init(KEY, data(), train=True), serialization.to_bytes(held))
+    loaded = serialization.from_bytes(AutoNamed(BatchNorm).init(KEY, data(), train=True), serialization.to_bytes(held))
     for norm in (BatchNorm, BatchRenorm):
-        found = Net(norm).apply(loaded if norm is BatchNorm else renamed(loaded), data(3.0), train=False)
+        found = AutoNamed(norm).apply(loaded if norm is BatchNorm else renamed(loaded), data(3.0), train=False)
         # Three layers of some roundings each.
         np.testing.assert_allclose(found, stock.apply(held, data(3.0), train=False), rtol=1e-5, atol=1e-5)
 
@@ -592,11 +592,11 @@ def renamed(variables):
 
 def test_training_is_flax_s():
     two_pass = functools.partial(nn.BatchNorm, use_fast_variance=False)
-    held = Net(BatchNorm).init(KEY, data(), train=True)
+    held = AutoNamed(BatchNorm).init(KEY, data(), train=True)
     for seed in range(3):
         x = data(3.0, seed=seed)
         (y, new), (z, other) = (
-            Net(norm).apply(held, x, train=True, mutable=["batch_stats"]) for norm in (BatchNorm, two_pass)
+            AutoNamed(norm).apply(held, x, train=True, mutable=["batch_stats"]) for norm in (BatchNorm, two_pass)
         )
         np.testing.assert_allclose(y, z, rtol=2e-5, atol=2e-5)  # roundings, amplified by three small variances
         chex.assert_trees_all_close(new, other, rtol=1e-6, atol=1e-6)
@@ -707,13 +707,16 @@ def test_nn_vmap_with_own_statistics(layer):
 
 
 def test_nn_vmap_with_shared_statistics_and_an_axis_name():
-    class Shared(nn.Module):
+    class Synchronized(nn.Module):
         @nn.compact
         def __call__(self, x):
             return BatchNorm(use_running_average=False, axis_name="members", name="norm", momentum=0.5)(x)
 
     model = nn.vmap(
-        Shared, variable_axes={"params": None, "batch_stats": None}, split_rngs={"params": False}, axis_name="members"
+        Synchronized,
+        variable_axes={"params": None, "batch_stats": None},
+        split_rngs={"params": False},
+        axis_name="members",
     )()
     x = np.stack([data(), data(5.0)])
     held = model.init(KEY, x)
@@ -740,5 +743,5 @@ def test_training_steps_trace_once():
 
 
 def test_a_subclass_keeps_its_own_name():
-    held = Net(Sub).init(KEY, data(), train=True)
+    held = AutoNamed(Sub).init(KEY, data(), train=True)
     assert {"Sub_0", "Sub_1"} <= set(held["params"])

@@ -1,61 +1,19 @@
-"""Statistics over many members: the oracle is float64 numpy over the union of their values."""
-
-import functools
+"""Layers that synchronize over many members: the oracle is float64 numpy over the union of their values."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import assert_moments, batch_norm, batch_norm_gradient, moments
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from formulas import batch_norm, batch_norm_gradient, moments
+from jax.sharding import NamedSharding, PartitionSpec
+from members import GROUPS, MEMBERS, SPLIT, C, N, by_pmap, by_vmap, data, every_map, grouping_maps, mesh, weights
 
-from flaxbn import BatchNorm, BatchRenorm, measure, merge_across
+from flaxbn import BatchNorm, BatchRenorm
 
-MEMBERS, N, C = 8, 6, 3
-GROUPS = [[0, 3, 5, 6], [1, 2, 4, 7]]
 SCALE, BIAS = np.float32([1.5, 0.7, -1.0]), np.float32([0.2, -0.4, 1.0])
 RUNNING = np.float32([0.5, -1.0, 2.0]), np.float32([4.0, 0.25, 1.5])
 VARIABLES = {"params": {"scale": SCALE, "bias": BIAS}, "batch_stats": {"mean": RUNNING[0], "var": RUNNING[1]}}
-SPLIT = PartitionSpec("i")
-
-
-def data(offset=0.0):
-    """Members differ in their means, so the variance between them matters."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(MEMBERS, N, C)) * [1.0, 0.5, 3.0] + 2 * rng.normal(size=(MEMBERS, 1, C))
-    return (x + offset).astype(np.float32)
-
-
-def weights():
-    """From an empty member to a full one, some with weights that are no integers."""
-    w = np.float32(np.arange(N) < np.arange(MEMBERS)[:, None])
-    return w * np.linspace(0.5, 2.0, N, dtype=np.float32)
-
-
-@functools.cache
-def mesh():
-    return Mesh(np.array(jax.devices()[:MEMBERS]), ("i",))
-
-
-def by_vmap(f):
-    return jax.jit(jax.vmap(f, axis_name="i"))
-
-
-def by_pmap(f):
-    return jax.pmap(f, axis_name="i")
-
-
-def by_shard_map(f, check_vma=True):
-    def member(*arguments):
-        return jax.tree.map(lambda a: a[None], f(*(a[0] for a in arguments)))
-
-    return jax.jit(jax.shard_map(member, mesh=mesh(), in_specs=SPLIT, out_specs=SPLIT, check_vma=check_vma))
-
-
-every_map = pytest.mark.parametrize("mapped", [by_vmap, by_pmap, by_shard_map])
-# The other two maps do not know groups: shard_map only without its check.
-grouping_maps = pytest.mark.parametrize("mapped", [by_pmap, functools.partial(by_shard_map, check_vma=False)])
 
 
 def train(layer, x, **kwargs):
@@ -74,39 +32,6 @@ def assert_update(stats, x, w=None):
         stats["mean"], np.tile(0.99 * RUNNING[0] + 0.01 * mean, (len(stats["mean"]), 1)), rtol=2e-6
     )
     np.testing.assert_allclose(stats["var"], np.tile(0.99 * RUNNING[1] + 0.01 * var, (len(stats["var"]), 1)), rtol=2e-6)
-
-
-@every_map
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.usefixtures("devices")
-def test_merge_across_is_the_union_weighted_by_count(mapped, offset):
-    found = mapped(lambda x, w: merge_across(measure(x, (0,), weights=w[:, None]), "i"))(data(offset), weights())
-    for k in range(MEMBERS):
-        assert_moments(
-            jax.tree.map(lambda a: np.asarray(a[k]), found),  # noqa: B023
-            moments(data(offset).reshape(-1, C), weights().reshape(-1)),
-        )
-
-
-@grouping_maps
-@pytest.mark.usefixtures("devices")
-def test_merge_across_merges_within_groups(mapped):
-    found = mapped(lambda x, w: merge_across(measure(x, (0,), weights=w[:, None]), "i", GROUPS))(data(), weights())
-    for group in GROUPS:
-        expected = moments(data()[group].reshape(-1, C), weights()[group].reshape(-1))
-        for k in group:
-            assert_moments(jax.tree.map(lambda a: np.asarray(a[k]), found), expected)  # noqa: B023
-
-
-def test_merge_across_in_forward_and_reverse_mode():
-    merged = jax.vmap(lambda x: merge_across(measure(x, (0,)), "i"), axis_name="i")
-    x, tangent = data(10.0), data()[::-1]
-    union, count = x.reshape(-1, C).astype(np.float64), MEMBERS * N
-    slope = 2 * (union - union.mean(0)) / count
-    _, found = jax.jvp(merged, (x,), (tangent,))
-    np.testing.assert_allclose(found.var[0], (slope * tangent.reshape(-1, C)).sum(0), rtol=1e-5)
-    gradient = jax.grad(lambda x: jnp.sum(merged(x).var[0]))(x).reshape(-1, C)
-    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
 
 
 @every_map
@@ -252,7 +177,7 @@ def test_shard_map_proves_the_statistics_replicated():
     assert_update({k: stats[k][None] for k in ("mean", "var")}, union)
 
 
-class Net(nn.Module):
+class MaskedMLP(nn.Module):
     norm: type = BatchNorm
 
     @nn.compact
@@ -266,10 +191,10 @@ class Net(nn.Module):
 @pytest.mark.usefixtures("devices")
 def test_sharded_jit_equals_one_device_without_an_axis_name(norm):
     x, w = data(3.0).reshape(-1, C), weights().reshape(-1)
-    held = Net(norm).init(jax.random.key(0), x, w)
+    held = MaskedMLP(norm).init(jax.random.key(0), x, w)
 
     def loss(params, x, w):
-        y, new = Net(norm).apply({**held, "params": params}, x, w, mutable=["batch_stats"])
+        y, new = MaskedMLP(norm).apply({**held, "params": params}, x, w, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(y)), (y, new)
 
     step = jax.jit(jax.grad(loss, has_aux=True))

@@ -8,26 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from models import MLP
 
 import flaxbn
 
 X = np.random.default_rng(0).normal(2.0, 3.0, size=(12, 5)).astype(np.float32)
 
 
-class Net(nn.Module):
-    norm: object = nn.BatchNorm
-    rate: float = 0.0
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        for _ in range(2):
-            x = self.norm(use_running_average=not train)(nn.Dense(5)(x))
-            x = nn.Dropout(self.rate, deterministic=not train)(nn.tanh(x))
-        return x
+def make(norm=nn.BatchNorm, dropout=0.0):
+    return MLP((5, 5), norm, 0.99, nn.tanh, dropout)
 
 
-NETS = {"stock": Net(), "ours": Net(flaxbn.BatchNorm)}
-VARIABLES = Net().init(jax.random.key(0), X)
+NETS = {"stock": make(), "ours": make(flaxbn.BatchNorm)}
+VARIABLES = make().init(jax.random.key(0), X)
 
 
 def in_training(variables, x, model=NETS["stock"]):
@@ -64,19 +57,19 @@ def test_each_lane_of_vmap_is_a_batch():
 
 
 def test_gradients_pass_remat():
-    class Remat(nn.Module):
+    class Rematerialized(nn.Module):
         @nn.compact
         def __call__(self, x, train=False):
-            return nn.remat(Net, static_argnums=(2,))(name="net")(x, train)
+            return nn.remat(MLP, static_argnums=(2,))((5, 5), activation=nn.tanh, name="net")(x, train)
 
     variables = {k: {"net": v} for k, v in VARIABLES.items()}
-    found = jax.grad(lambda x: jnp.sum(with_batch(variables, x, Remat()) ** 3))(X)
+    found = jax.grad(lambda x: jnp.sum(with_batch(variables, x, Rematerialized()) ** 3))(X)
     expected = jax.grad(lambda x: jnp.sum(in_training(VARIABLES, x) ** 3))(X)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_running_statistics_are_the_default_and_dropout_is_off():
-    found = flaxbn.apply(Net(rate=0.5), VARIABLES, X, call=lambda m, x: m(x, train=True))
+    found = flaxbn.apply(make(dropout=0.5), VARIABLES, X, call=lambda m, x: m(x, train=True))
     np.testing.assert_allclose(found, NETS["stock"].apply(VARIABLES, X), rtol=1e-6)
 
 
@@ -148,7 +141,7 @@ def test_one_value_per_channel_is_an_error():
 
 @pytest.mark.parametrize("name", NETS)
 def test_layers_that_synchronize_do_so(name):
-    model = Net(functools.partial(NETS[name].norm, axis_name="data"))
+    model = make(functools.partial(NETS[name].norm, axis_name="data"))
     parts = X.reshape(3, 4, 5)
     found = jax.vmap(lambda x: with_batch(VARIABLES, x, model), axis_name="data")(parts)
     np.testing.assert_allclose(found.reshape(12, 5), in_training(VARIABLES, X), rtol=1e-5, atol=1e-6)
@@ -159,7 +152,7 @@ def test_layers_that_synchronize_do_so(name):
 @pytest.mark.parametrize("synchronized", [True, False])
 def test_under_shard_map(devices, checked, statistics, synchronized):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
-    model = Net(functools.partial(flaxbn.BatchNorm, axis_name="data" if synchronized else None))
+    model = make(functools.partial(flaxbn.BatchNorm, axis_name="data" if synchronized else None))
 
     def evaluate(x):
         return flaxbn.apply(model, VARIABLES, x, statistics=statistics)
@@ -175,13 +168,13 @@ def test_under_shard_map(devices, checked, statistics, synchronized):
 
 
 def test_an_axis_inside_the_model_is_an_error():
-    class Lanes(nn.Module):
+    class SynchronizedLanes(nn.Module):
         @nn.compact
         def __call__(self, x):
             lanes = nn.vmap(flaxbn.BatchNorm, variable_axes={"batch_stats": 0}, axis_name="lanes")
             return lanes(use_running_average=True, use_scale=False, use_bias=False, axis_name="lanes")(x)
 
-    model, x = Lanes(), X.reshape(3, 4, 5)
+    model, x = SynchronizedLanes(), X.reshape(3, 4, 5)
     with pytest.raises(ValueError, match=r"synchronizes over the axis 'lanes' of a transformation inside the model"):
         with_batch(model.init(jax.random.key(0), x), x, model)
 

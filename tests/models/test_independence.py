@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from models import MLP
 
 import flaxbn
 
@@ -176,19 +177,11 @@ def test_hard_data_does_not_trip_the_check(name):
     flaxbn.assert_batch_independent(MODEL, VARIABLES, HARD[name])
 
 
-class Rounding(nn.Module):
-    """A deep network in half precision, whose products may sum in another order for each size of the batch."""
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(3):
-            x = nn.Dense(64, dtype=jnp.bfloat16)(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16)(x))
-        return nn.Dense(3, dtype=jnp.bfloat16)(x)
-
-
 def test_rounding_of_a_deep_network_in_half_precision_does_not_trip_the_check():
-    model, x = Rounding(), np.random.default_rng(2).normal(size=(31, 64)).astype(np.float32)
+    model, x = (
+        MLP((64,) * 3, dtype=jnp.bfloat16, outputs=3),
+        np.random.default_rng(2).normal(size=(31, 64)).astype(np.float32),
+    )
     variables = jax.jit(model.init)(jax.random.key(0), x)
     flaxbn.estimate_population_stats(model, variables, [x], method="exact")
 
@@ -218,7 +211,7 @@ def test_training_mode_is_an_error_of_the_check():
         flaxbn.assert_batch_independent(MODEL, VARIABLES, X, call=call)
 
 
-class Plain(nn.Module):
+class LayerNormed(nn.Module):
     """No batch-norm layer."""
 
     mix: object = staticmethod(lambda x: x)
@@ -229,10 +222,10 @@ class Plain(nn.Module):
 
 
 def test_a_model_without_layers_is_checked_by_its_outputs():
-    variables = Plain().init(jax.random.key(0), X)
-    flaxbn.assert_batch_independent(Plain(), variables, X)
+    variables = LayerNormed().init(jax.random.key(0), X)
+    flaxbn.assert_batch_independent(LayerNormed(), variables, X)
     with pytest.raises(ValueError, match="output 0 of `call`"):
-        flaxbn.assert_batch_independent(Plain(MIXING["neighbour"]), variables, X)
+        flaxbn.assert_batch_independent(LayerNormed(MIXING["neighbour"]), variables, X)
 
 
 def test_outputs_that_are_not_of_examples_are_let_through():
@@ -293,20 +286,11 @@ def test_errors(error, message, arguments):
         flaxbn.assert_batch_independent(**{"model": MODEL, "variables": VARIABLES, "batch": X, **arguments})
 
 
-class Tower(nn.Module):
-    """Wide layers, in which some channel of two examples has next to no variance."""
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(4):
-            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(512)(x)))
-        return x
-
-
 def test_rounding_in_batches_of_two_is_no_mixing():
     x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
-    variables = jax.jit(Tower().init)(jax.random.key(0), x[:2])
-    flaxbn.estimate_population_stats(Tower(), variables, x, batch_size=2, method="exact")
+    model = MLP((512,) * 4)  # some channel of two examples has next to no variance
+    variables = jax.jit(model.init)(jax.random.key(0), x[:2])
+    flaxbn.estimate_population_stats(model, variables, x, batch_size=2, method="exact")
 
 
 class Tokens(nn.Module):

@@ -4,13 +4,14 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import MaskedLayer
 
 import flaxbn
 from flaxbn import diagnostics
-from flaxbn.models.batch_stats import StoredLayers
-from flaxbn.models.rows import Row, _by_layer, never_estimated
+from flaxbn.models.rows import Row, never_estimated
 
 RNG = np.random.default_rng(0)
 X = (RNG.normal(3, 1, (128, 3, 4)) * [1, 2, 3, 4] + np.arange(3)[:, None]).astype(np.float32)
@@ -216,14 +217,51 @@ def test_channels_that_happen_to_be_initial_are_no_row(tmp_path):
     flaxbn.export_inference(model, variables, {"x": X}, tmp_path / "model.zip", platforms=("cpu",))
 
 
+class Many(nn.Module):
+    """Layers behind each other, each with statistics for each of twenty domains."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, batch):
+        x = batch["x"]
+        for i in range(self.layers):
+            norm = flaxbn.BatchNorm(use_running_average=True, num_domains=20, name=f"norm_{i}")
+            x = norm(x, domain=batch["domain"])
+        return x
+
+
 def test_rows_of_many_layers():
-    """200 layers of 20 domains, and a row that two layers share."""
-    rows = np.arange(1, 1 + 200 * 20 * 4).reshape(-1, 4)
-    entries = {(f"norm_{i}",): layer for i, layer in enumerate(rows.reshape(200, 20, 4))}
-    found = _by_layer([*rows, rows[19:21].ravel()], StoredLayers(entries, rows.size))
-    assert list(found) == list(entries)
-    np.testing.assert_array_equal(found[("norm_0",)], [*rows[:20], rows[19]])
-    np.testing.assert_array_equal(found[("norm_1",)], [*rows[20:40], rows[20]])
+    data = {"x": X[:20, 0], "domain": np.arange(20)}
+    variables = jax.tree.map(
+        lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(Many(30).init, jax.random.key(0), data)
+    )
+    found = diagnostics.rows_of(Many(30), variables, data)
+    assert set(found) == {(f"norm_{i}",) for i in range(30)}
+    for (name,), rows in found.items():
+        assert [row.name for row in rows] == [f"{name}[{d}]" for d in range(20)]
+        np.testing.assert_array_equal([row.channels for row in rows], np.arange(80).reshape(20, 4))
+
+
+def test_a_row_that_two_layers_share():
+    """Statistics that the model puts together from two places."""
+
+    def joined(collections):
+        first, second = (collections["batch_stats"][name] for name in ("first", "second"))
+        return {"batch_stats": jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)}
+
+    class Joined(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = nn.map_variables(nn.BatchNorm, "batch_stats", trans_in_fn=joined)
+            return norm(use_running_average=True, use_scale=False, use_bias=False, name="norm")(x)
+
+    half = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
+    variables = {"batch_stats": {"norm": {"first": half, "second": half}}}
+    found = diagnostics.rows_of(Joined(), variables, X)
+    assert set(found) == {("norm", "first"), ("norm", "second")}
+    for rows in found.values():
+        np.testing.assert_array_equal([row.channels for row in rows], [[0, 1]])
 
 
 def test_rows_are_compared_by_identity():
@@ -256,14 +294,14 @@ def test_a_domain_without_data_is_left_out_where_domains_are_not_the_first_axis(
 
 
 def test_layers_that_are_called_twice_or_shared_are_rows_once():
-    class Shared(nn.Module):
+    class CalledTwice(nn.Module):
         @nn.compact
         def __call__(self, x):
             norm = nn.BatchNorm(use_running_average=True, name="norm")
             return norm(norm(x))
 
-    variables = Shared().init(jax.random.key(0), X)
-    ((path, rows),) = diagnostics.rows_of(Shared(), variables, X).items()
+    variables = CalledTwice().init(jax.random.key(0), X)
+    ((path, rows),) = diagnostics.rows_of(CalledTwice(), variables, X).items()
     assert (path, [row.name for row in rows]) == (("norm",), ["norm"])
     np.testing.assert_array_equal(rows[0].channels, range(4))
 
@@ -281,24 +319,16 @@ def test_without_rows_the_last_axis_holds_channels():
     np.testing.assert_allclose(record.rms_shift, 1, rtol=1e-5)
 
 
-class Masked(nn.Module):
-    """A mask that hides single channels."""
-
-    @nn.compact
-    def __call__(self, batch):
-        return flaxbn.BatchNorm(use_running_average=True, name="norm")(batch["x"], mask=batch["mask"])
-
-
 def masked(hidden):
     """`diagnose`, channel `hidden[k]` being hidden in batch k; and the batches, as numpy masks them."""
     mask = np.ones((128, 4), bool)
     for k, channel in enumerate(hidden):
         mask[k * BATCH : (k + 1) * BATCH, channel] = False
     batch = {"x": X[:, 0], "mask": mask}
-    variables = jax.jit(Masked().init)(jax.random.key(0), batch)
+    variables = jax.jit(MaskedLayer().init)(jax.random.key(0), batch)
     exact = {"mean": np.full(4, 3, np.float32), "var": X[:, 0].var(0)}
     variables = {**variables, "batch_stats": {"norm": exact}}
-    found = diagnostics.diagnose(Masked(), variables, batch, losses, batch_size=BATCH, num_batches=8)
+    found = diagnostics.diagnose(MaskedLayer(), variables, batch, losses, batch_size=BATCH, num_batches=8)
     return found, np.ma.array(X[:, 0], np.float64, mask=~mask).reshape(8, BATCH, 4)
 
 

@@ -3,10 +3,7 @@
 import importlib
 import json
 import math
-import os
-import pathlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,10 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
+from script_runs import SCRIPTS, finish, start
 
 import flaxbn
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 data, domain_data, domain_results, results, train_domains, training, weighting = map(
@@ -34,24 +31,9 @@ EPOCHS = 2
 OPTIONS = ("--epochs", EPOCHS, "--seeds", 1, "--batch-size", 63, "--variants", *VARIANTS)
 
 
-def start(out, *options, cache):
-    """Runs the script; most of its time is compilation, which the runs have in common."""
-    environment = os.environ | {
-        "PYTHONPATH": str(SCRIPTS.parent),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(SCRIPTS / "train_domains.py"), "--out", str(out), *map(str, options)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+def train(out, *options):
+    ((code, output, errors),) = finish([start("train_domains.py", out, *options)])
+    return code, output + errors
 
 
 def models(out):
@@ -68,19 +50,15 @@ def summary_of(out):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache):
+def run(tmp_path_factory):
     """A short run of most variants, which the tests below look at."""
     out = tmp_path_factory.mktemp("domains") / "run"
-    code, output = finish(start(out, *OPTIONS, cache=cache))
+    code, output = train(out, *OPTIONS)
     assert code == 0, output
     return out, output
 
 
+@pytest.mark.processes
 class TestRun:
     def test_the_configuration_is_printed_first_and_the_tables_last(self, run):
         _, output = run
@@ -156,9 +134,9 @@ class TestRun:
         assert [(line["variant"], line["seed"], line["epoch"]) for line in lines] == order
         assert (run[0] / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_killed_and_resumed_it_ends_with_the_same_bits(self, run, tmp_path, cache):
+    def test_killed_and_resumed_it_ends_with_the_same_bits(self, run, tmp_path):
         killed = tmp_path / "killed"
-        process = start(killed, *OPTIONS, cache=cache)
+        process = start("train_domains.py", killed, *OPTIONS)
         while process.poll() is None and len(results.read_lines(killed / "metrics.jsonl")) < 3:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -166,7 +144,7 @@ class TestRun:
         assert process.returncode == -signal.SIGKILL
         assert not (killed / "summary.json").exists()
 
-        code, output = finish(start(killed, *OPTIONS, "--resume", cache=cache))
+        code, output = train(killed, *OPTIONS, "--resume")
         assert code == 0, output
         assert "mixed-shared        seed 0" not in output
         jax.tree.map(np.testing.assert_array_equal, models(killed), models(run[0]))

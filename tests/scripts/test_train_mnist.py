@@ -6,24 +6,20 @@ import importlib
 import importlib.util
 import json
 import math
-import os
-import pathlib
 import re
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
+from script_runs import SCRIPTS, finish, start
 
 import flaxbn
 
-SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 data, results, train_mnist, training = map(importlib.import_module, ("data", "results", "train_mnist", "training"))
@@ -31,28 +27,13 @@ data, results, train_mnist, training = map(importlib.import_module, ("data", "re
 MODES = ["none", "running", "unestimated", "population"]
 
 
-CACHE = tempfile.TemporaryDirectory()
-
-
-def start(out, *options):
-    environment = os.environ | {
-        "PYTHONPATH": str(SCRIPTS.parent),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        # Most of the time is compilation, which the runs have in common.
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(SCRIPTS / "train_mnist.py"), "--out", str(out), *map(str, options)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent
-    )
+def begin_training(out, *options):
+    return start("train_mnist.py", out, *options)
 
 
 def train(out, *options):
-    process = start(out, *options)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    ((code, output, errors),) = finish([begin_training(out, *options)])
+    return code, output + errors
 
 
 def restore(path):
@@ -75,6 +56,7 @@ def run(tmp_path_factory):
     return out, output
 
 
+@pytest.mark.processes
 class TestRun:
     def test_the_configuration_is_printed_first_and_the_table_last(self, run):
         _, output = run
@@ -147,11 +129,12 @@ def begin(out, config):
     return dataclasses.replace(config, out=out).begin()
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
     options = ("--epochs", 5, "--modes", "running", "population", "--norm", "renorm")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(whole, *options)
-    process = start(killed, *options)
+    reference = begin_training(whole, *options)
+    process = begin_training(killed, *options)
     while process.poll() is None and len(results.read_lines(killed / "metrics.jsonl")) < 9:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -166,8 +149,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
     code, output = train(killed, *options, "--resume")
     assert code == 0, output
     assert "running     seed 0" not in output
-    _, reference_output = reference.communicate(timeout=300)
-    assert reference.returncode == 0, reference_output
+    ((code, _, errors),) = finish([reference])
+    assert code == 0, errors
 
     for mode in ("running", "population"):
         expected, actual = (leaves(restore(out / "checkpoints" / mode / "seed0" / "model")) for out in (whole, killed))

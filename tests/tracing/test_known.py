@@ -11,25 +11,25 @@ from flaxbn.models.linen import trace
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
 
 
-class Layer(nn.Module):
+class NormAndSum(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         return flaxbn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False, name="norm")(x), x.sum()
 
 
-class Loop(nn.Module):
+class NormLoop(nn.Module):
     reverse: bool
 
     @nn.compact
     def __call__(self, x):
-        loop = nn.scan(Layer, variable_axes={"batch_stats": 0}, length=3, reverse=self.reverse)
+        loop = nn.scan(NormAndSum, variable_axes={"batch_stats": 0}, length=3, reverse=self.reverse)
         return loop(name="loop")(x, None)
 
 
-class Branches(nn.Module):
+class TwoBranches(nn.Module):
     @nn.compact
     def __call__(self, x):
-        a, b = Layer(name="a"), Layer(name="b")
+        a, b = NormAndSum(name="a"), NormAndSum(name="b")
         a(x), b(x)
         return nn.cond(x.sum() > 0, lambda m, x: a(x), lambda m, x: b(x), self, x)
 
@@ -51,17 +51,17 @@ def means(model, known):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_loop_reads_a_row_in_each_step(reverse):
-    (found,) = means(Loop(reverse), lambda path: True)
+    (found,) = means(NormLoop(reverse), lambda path: True)
     np.testing.assert_array_equal(found, np.arange(6).reshape(3, 2))
 
 
 def test_all_branches_are_read_whatever_decides():
-    found = means(Branches(), lambda path: True)
+    found = means(TwoBranches(), lambda path: True)
     np.testing.assert_array_equal(found[:2], [[0, 1], [20, 21]])
     np.testing.assert_array_equal(np.sort(found[2:], 0), [[0, 1], [20, 21]])
 
 
 def test_what_is_unknown_stays_so():
-    found = means(Branches(), lambda path: path[1].key == "a")
+    found = means(TwoBranches(), lambda path: path[1].key == "a")
     assert sum(mean is UNKNOWN for mean in found) == 2
-    assert means(Loop(False), lambda path: False) == [UNKNOWN]
+    assert means(NormLoop(False), lambda path: False) == [UNKNOWN]

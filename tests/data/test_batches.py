@@ -1,0 +1,47 @@
+"""Arrays and streams cut into batches."""
+
+import jax
+import numpy as np
+import pytest
+from models import OneLayer
+from oracle import assert_same_statistics
+
+import flaxbn
+from flaxbn.data.batches import strided_rows
+
+X = np.random.default_rng(0).normal(1.0, 2.0, (41, 3, 2)).astype(np.float32)
+ONE = OneLayer(flaxbn.BatchNorm)
+ONE_VARIABLES = ONE.init(jax.random.key(0), X[:2])
+
+
+def one_oracle(x):
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    return {"norm": {"mean": x.mean(0), "var": x.var(0)}}
+
+
+def test_samples_are_cut_exactly():
+    evenly = np.arange(10) * 41 // 10
+    found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, X, batch_size=4, num_samples=10)
+    assert_same_statistics(found, one_oracle(X[evenly]), 5e-7)
+    stream = iter([X[:8], X[8:16], X[16:24]])
+    found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, stream, num_samples=10)
+    assert_same_statistics(found, one_oracle(X[:10]), 5e-7)
+    assert len(next(stream)) == 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 41, 50])
+def test_strided_rows_are_all_samples_in_batches_of_nearly_one_size(batch_size):
+    batches = [row for group in strided_rows(41, batch_size) for row in group]
+    count = len(batches)
+    assert count == -(-41 // batch_size)
+    for k, row in enumerate(batches):
+        np.testing.assert_array_equal(row, np.arange(k, 41, count))
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_the_last_batch_counts_by_its_size():
+    batches = [X[:16], X[16:32], X[32:]]
+    for given, options in ((X, {"batch_size": 16}), (iter(batches), {})):
+        moments = flaxbn.population_moments(ONE, ONE_VARIABLES, given, **options)["norm"]
+        np.testing.assert_array_equal(moments.count, 41 * 3)
+        np.testing.assert_allclose(moments.mean, one_oracle(X)["norm"]["mean"], rtol=1e-5)

@@ -1,0 +1,196 @@
+"""Breaks the package on purpose, one place at a time; each must fail a test within the file of its own module.
+
+`make mutation` runs it on a copy of the package; `make mutation ARGS=ema` runs those whose name or module holds "ema".
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """One place that is broken: `old` is replaced by `new` in `module`, which `tests` are to find out."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+MOMENTS, RENORM, NORMALIZE = "arithmetic/moments.py", "arithmetic/renorm.py", "arithmetic/normalize.py"
+PRIMITIVE, PROGRAM = "tracing/primitive.py", "tracing/program.py"
+TEST_MOMENTS, TEST_RENORM = "arithmetic/test_moments.py", "arithmetic/test_renorm.py"
+TEST_PRIMITIVE, TEST_PROGRAM = "tracing/test_primitive.py", "tracing/test_program.py"
+
+MUTATIONS = [
+    Mutation(
+        "merge: no variance between means",
+        MOMENTS,
+        "weights * (var + _abs2(deviation))",
+        "weights * (var + 0 * _abs2(deviation))",
+        TEST_MOMENTS,
+    ),
+    Mutation(
+        "merge: the mean of deviations stays in the variance",
+        MOMENTS,
+        "_nonnegative(second / divisor - _abs2(shift))",
+        "_nonnegative(second / divisor)",
+        TEST_MOMENTS,
+    ),
+    Mutation("variance: not clipped at 0", MOMENTS, "jnp.minimum(var, 0)", "0 * var", TEST_MOMENTS),
+    Mutation("weights: hidden values are seen", MOMENTS, "jnp.where(taken, x, 0)", "x", TEST_MOMENTS),
+    Mutation(
+        "weights: negative ones count",
+        MOMENTS,
+        "jnp.where(taken, weights, 0).astype(real)",
+        "weights.astype(real)",
+        TEST_MOMENTS,
+    ),
+    Mutation(
+        "psum: a pivot of each member's own",
+        MOMENTS,
+        "across((count, sharing.total(weights * x)))",
+        "(across(count), sharing.total(weights * x))",
+        "layers/test_sync.py",
+    ),
+    Mutation(
+        "renorm: r not bounded below",
+        RENORM,
+        "sigma_batch / sigma, 1 / r_max, r_max)",
+        "sigma_batch / sigma, 0, r_max)",
+        TEST_RENORM,
+    ),
+    Mutation(
+        "renorm: d not bounded below",
+        RENORM,
+        "running.mean) / sigma, -d_max, d_max)",
+        "running.mean) / sigma, -jnp.inf, d_max)",
+        TEST_RENORM,
+    ),
+    Mutation(
+        "renorm: statistics after the update",
+        "layers/core.py",
+        "_Statistics(running.mean - selected.pivot, running.var)",
+        "_Statistics(running.mean - selected.pivot, 0.99 * running.var + 0.01 * selected.var)",
+        "layers/test_renorm.py",
+    ),
+    Mutation(
+        "ema: weights swapped",
+        NORMALIZE,
+        "return momentum * old + (1 - momentum) * new",
+        "return momentum * new + (1 - momentum) * old",
+        "arithmetic/test_normalize.py",
+    ),
+    Mutation(
+        "normalize: no residual",
+        NORMALIZE,
+        " else mean - pivot + residual",
+        " else mean - pivot",
+        "arithmetic/test_normalize.py",
+    ),
+    Mutation(
+        "vmap: own lanes are not counted as channels",
+        PRIMITIVE,
+        'params = params | {"axes": _moved(params["axes"])}',
+        "pass",
+        TEST_PRIMITIVE,
+    ),
+    Mutation(
+        "vmap: shared lanes are not reduced",
+        PRIMITIVE,
+        '{"axes": (0, *_moved(params["axes"]))}',
+        '{"axes": _moved(params["axes"])}',
+        TEST_PRIMITIVE,
+    ),
+    Mutation(
+        "cond: all branches have the numbers of the first",
+        PROGRAM,
+        "[site + sum(len(p.layer_names()) for p in programs[:i]) for i in range(len(programs))]",
+        "[site for _ in programs]",
+        TEST_PROGRAM,
+    ),
+    Mutation("scan: always forwards", PROGRAM, "length=length, reverse=reverse", "length=length", TEST_PROGRAM),
+    Mutation(
+        "entries: computed numbers are taken for read ones",
+        "models/entries.py",
+        "if np.all(again - total == entries) else None",
+        "",
+        "models/test_entries.py",
+    ),
+    Mutation(
+        "entries: one numbering twice",
+        "models/entries.py",
+        "means(layers.total))",
+        "(m + layers.total for m in means(0)))",
+        "models/test_entries.py",
+    ),
+    Mutation(
+        "batches: in order instead of strided",
+        "data/batches.py",
+        "np.arange(k, samples, count, dtype=np.int32)",
+        "np.array_split(np.arange(samples, dtype=np.int32), count)[k]",
+        "data/test_batches.py",
+    ),
+    Mutation(
+        "batches: the smaller ones are left out",
+        "data/batches.py",
+        "(rows[:larger], rows[larger:])",
+        "(rows[:larger] or rows,)",
+        "data/test_batches.py",
+    ),
+    Mutation(
+        "batches: the last one of a stream is not cut",
+        "data/batches.py",
+        "min(size, num_samples - seen)",
+        "size",
+        "data/test_batches.py",
+    ),
+]
+
+
+def is_found(mutation: Mutation, copy: pathlib.Path) -> bool:
+    """Whether a test fails where the copy of the package is broken; an error if the text is not there, once."""
+    path = copy / "flaxbn" / mutation.module
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.name}: {mutation.module} holds {source.count(mutation.old)} times {mutation.old!r}."
+        )
+    path.write_text(source.replace(mutation.old, mutation.new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.tests}"]
+    ended = subprocess.run(
+        command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True
+    )
+    path.write_text(source)
+    if ended.returncode not in (0, 1):
+        raise RuntimeError(
+            f"{mutation.name}: pytest did not run its tests:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+        )
+    return ended.returncode == 1
+
+
+def main(word: str = "") -> int:
+    """1 if a mutation is not found by the tests of its module."""
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("flaxbn", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for mutation in MUTATIONS:
+            if word in mutation.name or word in mutation.module:
+                found = is_found(mutation, copy)
+                missed += [] if found else [mutation.name]
+                print(f"{'found ' if found else 'MISSED'}  {mutation.name}  ({mutation.tests})", flush=True)
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
