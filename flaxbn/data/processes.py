@@ -36,12 +36,23 @@ def on_all(compute: Callable[[], T], message: str = _NOTHING_ESTIMATED) -> T:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, trees of arrays of the same shapes, in the order of the processes; as numpy."""
-    value = jax.device_get(value)
+    """The values of all processes, trees of arrays of the same shapes and dtypes, in the order of the processes.
+
+    They are numpy arrays. They travel as bytes, since jax would make float32 of float64 where 64 bits are off.
+    """
+    value = jax.tree.map(np.asarray, jax.device_get(value))
     if jax.process_count() == 1:
         return [value]
-    gathered = _allgather(value)
-    return [jax.tree.map(lambda a, i=i: a[i], gathered) for i in range(jax.process_count())]
+    gathered = _allgather(jax.tree.map(lambda a: np.frombuffer(a.tobytes(), np.uint8), value))
+
+    def received(process: int) -> Any:
+        return jax.tree.map(lambda a, sent: _from_bytes(sent[process], a), value, gathered)
+
+    return [received(process) for process in range(jax.process_count())]
+
+
+def _from_bytes(sent: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return np.frombuffer(sent.tobytes(), like.dtype).reshape(like.shape)
 
 
 def _allgather(value: Any) -> Any:
