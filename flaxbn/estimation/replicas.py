@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.arithmetic.moments import Moments, merge_along
+from flaxbn.arithmetic.host_moments import merge_stacked
+from flaxbn.arithmetic.moments import Moments
 from flaxbn.models.batch_stats import Path, dict_names, named_leaves, stored_layers
 
 
@@ -26,7 +26,9 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
 
     Returns:
         The tree without the leading axis, on the default device: `mean` and `var` of each layer merged, each in its
-        dtype. Other leaves, a step counter for example, must be the same on all replicas; the first one's are taken.
+        dtype. Of the `steps` of its layers the largest number is taken: clients that train for unequal times differ in
+        it, and a ramp that has ended for one has ended. Other leaves must be the same on all replicas; the first one's
+        are taken.
 
     Raises:
         ValueError: if leaves have no common leading axis; `counts` are negative, all zero, or not one for each replica;
@@ -49,9 +51,11 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
         *layer, field = dict_names(path) or ("",)
         if tuple(layer) in merged and field in ("mean", "var"):
             values.append(getattr(merged[tuple(layer)], field).astype(leaf.dtype))
+        elif tuple(layer) in merged and field == "steps":
+            values.append(np.max(leaf, 0))
         else:
             values.append(_common(path, leaf))
-    return jax.tree.unflatten(structure, values)
+    return jax.tree.unflatten(structure, jax.device_put(values))
 
 
 def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
@@ -65,10 +69,11 @@ def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
 
 
 def _merge(named: Any, path: Path, weights: np.ndarray) -> Moments:
-    mean, var = (jnp.asarray(named[(*path, field)]) for field in ("mean", "var"))
-    count = jnp.asarray(weights, jnp.float32).reshape(-1, *[1] * (mean.ndim - 1))
-    wide = [jnp.asarray(jnp.where(count > 0, a, 0), jnp.promote_types(a.dtype, jnp.float32)) for a in (mean, var)]
-    return merge_along(Moments(jnp.broadcast_to(count, mean.shape), *wide))
+    mean, var = (np.asarray(named[(*path, field)]) for field in ("mean", "var"))
+    count = weights.reshape(-1, *[1] * (mean.ndim - 1))
+    # A replica that has seen nothing may hold anything.
+    mean, var = (np.where(count > 0, a, 0) for a in (mean, var))
+    return merge_stacked(Moments(np.broadcast_to(count, mean.shape), mean, var))  # type: ignore[arg-type]
 
 
 def _common(path: Any, leaf: Any) -> Any:
@@ -77,4 +82,4 @@ def _common(path: Any, leaf: Any) -> Any:
             f"What is no statistic must be the same on all replicas: {jax.tree_util.keystr(path)} differs between "
             "them. Take it from the replica that you want first."
         )
-    return jnp.asarray(leaf[0])
+    return np.asarray(leaf[0])

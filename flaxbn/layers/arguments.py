@@ -6,6 +6,7 @@ Options and the mode of a call, feature axes, masks and domain numbers mean the 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
@@ -72,6 +73,26 @@ class Mode(NamedTuple):
 def options_of(layer: Any, label: str) -> Options:
     """The options of a shell, whose fields have the same names; one without bounds does not renormalize."""
     return Options(label, **{name: getattr(layer, name) for name in Options._fields[1:] if hasattr(layer, name)})
+
+
+def check_averaging(use_running_average: Any, momentum: Any, epsilon: Any) -> None:
+    """The fields that decide what is averaged and divided by, where they are concrete: traced numbers pass.
+
+    PyTorch and `flax.nnx` take the number of features first, and torch's momentum is one minus Flax's: as
+    `use_running_average`, a number of features would be true for good.
+    """
+    if not isinstance(use_running_average, jax.core.Tracer) and use_running_average not in (None, False, True):
+        raise ValueError(
+            f"`use_running_average` must be True, False or None: got {use_running_average!r}. The number of features "
+            "is no argument here, since it is that of the input."
+        )
+    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"`momentum` must lie in [0, 1]: got {momentum}. It is the weight of the old value: 0.9 where PyTorch has "
+            "0.1."
+        )
+    if not isinstance(epsilon, jax.core.Tracer) and not epsilon >= 0:
+        raise ValueError(f"`epsilon` must not be negative: got {epsilon}.")
 
 
 def check_domains(num_domains: Any, domain_affine: bool) -> None:
@@ -150,8 +171,8 @@ def domain_of(
         int32, or None for a layer without domains.
 
     Raises:
-        ValueError: if a domain is missing, does not belong, has another shape or is a Python number out of range. A
-            traced number cannot be looked at: out of range it gives NaN.
+        ValueError: if a domain is missing, does not belong, has another shape or, as a Python or numpy number, is out
+            of range. A traced number cannot be looked at: out of range it gives NaN.
         TypeError: if it is not of integers.
     """
     if num_domains is None:
@@ -160,8 +181,8 @@ def domain_of(
         return None
     if domain is None:
         raise ValueError(f"`domain` must be given to a layer with `num_domains={num_domains}`: got none.")
-    if isinstance(domain, int | np.integer) and not 0 <= domain < num_domains:
-        raise ValueError(f"`domain` must lie in [0, {num_domains}): got {domain}.")
+    if isinstance(domain, int | np.integer | np.ndarray | list | tuple):
+        _check_in_range(np.asarray(domain), num_domains)
     numbers = jnp.asarray(domain)
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
         raise TypeError(f"`domain` must be of integers: got {numbers.dtype}.")
@@ -173,7 +194,20 @@ def domain_of(
     return domain_numbers(numbers, num_domains)
 
 
+def _check_in_range(domain: np.ndarray, num_domains: int) -> None:
+    if not np.issubdtype(domain.dtype, np.integer):
+        raise TypeError(f"`domain` must be of integers: got {domain.dtype}.")
+    if not np.all((domain >= 0) & (domain < num_domains)):
+        raise ValueError(
+            f"`domain` must lie in [0, {num_domains}): got numbers from {np.min(domain)} to {np.max(domain)}."
+            if domain.ndim
+            else f"`domain` must lie in [0, {num_domains}): got {domain}."
+        )
+
+
 def domain_numbers(domain: Array, num_domains: int) -> Array:
-    """Domain numbers with what is out of range moved to `num_domains`, where reading gives NaN and writing nothing."""
-    domain = jnp.asarray(domain, jnp.int32)
-    return jnp.where((domain >= 0) & (domain < num_domains), domain, num_domains)
+    """Domain numbers with what is out of range moved to `num_domains`, where reading gives NaN and writing nothing.
+
+    They are compared before they are made int32, in which 2**32 would be 0.
+    """
+    return jnp.where((domain >= 0) & (domain < num_domains), domain, num_domains).astype(jnp.int32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int, Shaped
 
 from flaxbn.arithmetic.renorm import Schedule, paper_d_max, paper_r_max
-from flaxbn.layers.arguments import Mode, check_bounds, check_domains, feature_axes, options_of
+from flaxbn.layers.arguments import Mode, check_averaging, check_bounds, check_domains, feature_axes, options_of
 from flaxbn.layers.core import run_layer
 from flaxbn.layers.names import layer_label
 from flaxbn.layers.running_average import Stored, initial_steps, stored_dtype
@@ -85,6 +85,7 @@ class BatchNorm(nn.Module):
     domain_affine: bool = False
 
     def __post_init__(self) -> None:
+        check_averaging(self.use_running_average, self.momentum, self.epsilon)
         check_domains(self.num_domains, self.domain_affine)
         super().__post_init__()
 
@@ -166,7 +167,7 @@ class BatchRenorm(BatchNorm):
     it is `BatchNorm` in training too. Complex input is a TypeError. One value per channel is allowed in training if
     `d_max` is a positive number.
 
-    Adds to `batch_stats` the number of updates, `steps`, int32: read in training only, 0 where it is missing.
+    Adds to `batch_stats` the number of updates, `steps`, float32: read in training only, 0 where it is missing.
 
     Attributes:
         r_max: the bound of `r`: a number of at least 1, or a schedule: a function of `steps`, such as those of optax.

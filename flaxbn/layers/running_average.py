@@ -30,8 +30,12 @@ class Stored(NamedTuple):
 
 
 def initial_steps(num_domains: int | None) -> Array:
-    """The number of updates of a layer, or of each domain of it, before the first."""
-    return jnp.zeros(() if num_domains is None else (num_domains,), jnp.int32)
+    """The number of updates of a layer, or of each domain of it, before the first.
+
+    It is float32, as the statistics beside it are: an integer among them breaks what averages or differentiates all
+    variables, such as a target network in `lax.scan`. Beyond 2**24 it stands still, and so does every schedule.
+    """
+    return jnp.zeros(() if num_domains is None else (num_domains,), jnp.float32)
 
 
 def stored_dtype(dtype: Any) -> Any:
@@ -45,9 +49,13 @@ def row_of(a: Any, row: Array | None) -> Any:
 
 
 def read_steps(stored: Stored, num_domains: int | None) -> Array:
-    """The stored number of updates, 0 where a checkpoint lacks it, also where averaging tools have made it a float."""
-    steps = initial_steps(num_domains) if stored.steps is None else stored.steps
-    return jnp.round(jnp.asarray(steps)).astype(jnp.int32)
+    """The stored number of updates, 0 where a checkpoint lacks it.
+
+    The integers of an older checkpoint stay integers. What was cast to half precision is widened, since there it would
+    stand still at 256 or 2 048; what tools have averaged may be a fraction, and is taken as it is.
+    """
+    steps = initial_steps(num_domains) if stored.steps is None else jnp.asarray(stored.steps)
+    return steps if jnp.issubdtype(steps.dtype, jnp.integer) else steps.astype(widen(steps.dtype))
 
 
 def update_stored(
@@ -73,7 +81,8 @@ def update_stored(
     if options.counts_updates:
         channels = range((options.num_domains is not None) - stored.mean.ndim, 0)
         steps = read_steps(stored, options.num_domains)
-        steps = _with_row(steps, row, row_of(steps, row) + jnp.any(usable, tuple(channels))).astype(jnp.int32)
+        updated = jax.lax.stop_gradient(row_of(steps, row)) + jnp.any(usable, tuple(channels)).astype(steps.dtype)
+        steps = _with_row(steps, row, updated)
     return Stored(_with_row(stored.mean, row, mean), _with_row(stored.var, row, var), steps)
 
 

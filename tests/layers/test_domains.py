@@ -177,6 +177,13 @@ def test_devices_with_different_mixtures_share_statistics(devices):
         (ValueError, r"must lie in \[0, 3\): got 3", {"num_domains": D}, 3),
         (ValueError, r"must lie in \[0, 3\): got -1", {"num_domains": D}, -1),
         (ValueError, r"must lie in \[0, 3\): got 5", {"num_domains": D}, np.int32(5)),
+        (
+            ValueError,
+            r"must lie in \[0, 3\): got numbers from 0 to 4294967296",
+            {"num_domains": D},
+            DOMAIN.astype(int) << 31,
+        ),
+        (TypeError, r"must be of integers: got <U1", {"num_domains": D}, ["a"] * 12),
         (TypeError, r"must be of integers: got float32", {"num_domains": D}, np.float32(1)),
         (TypeError, r"must be of integers: got bool", {"num_domains": D}, DOMAIN > 0),
         (ValueError, r"got shape \(11,\) for x of shape \(12, 3, 2, 4\)", {"num_domains": D}, DOMAIN[:-1]),
@@ -225,3 +232,11 @@ def test_a_single_value_of_a_domain_is_normalized_by_its_running_average():
     np.testing.assert_allclose(y[2], layer.apply(variables, x, True, domain=domain)[2], rtol=1e-6)
     chex.assert_trees_all_equal(*(jax.tree.map(lambda a: a[2], t["batch_stats"]) for t in (new, variables)))
     assert np.all(new["batch_stats"]["mean"][0] != variables["batch_stats"]["mean"][0])
+
+
+def test_a_number_beyond_32_bits_is_out_of_range():
+    """2**32 is 0 in 32 bits."""
+    with jax.enable_x64(True):
+        layer = flaxbn.BatchNorm(use_running_average=True, num_domains=D)
+        y = layer.apply(stored(), X, domain=jnp.full(len(X), 2**32, jnp.int64))
+    assert np.isnan(y).all()

@@ -745,3 +745,32 @@ def test_training_steps_trace_once():
 def test_a_subclass_keeps_its_own_name():
     held = AutoNamed(Sub).init(KEY, data(), train=True)
     assert {"Sub_0", "Sub_1"} <= set(held["params"])
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, BatchRenorm])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_running_average": 8}, r"True, False or None: got 8\. The number of features"),
+        ({"momentum": 99}, r"`momentum` must lie in \[0, 1\]: got 99\..*0.9 where PyTorch has 0.1"),
+        ({"momentum": -0.1}, r"`momentum` must lie"),
+        ({"momentum": float("nan")}, r"`momentum` must lie"),
+        ({"epsilon": -1e-3}, r"`epsilon` must not be negative: got -0.001"),
+    ],
+)
+def test_fields_are_checked(layer, fields, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**fields)
+
+
+def test_fields_may_be_traced_or_numpy():
+    """A momentum that is searched by vmap, and flags that numpy made."""
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+
+    def mean(momentum):
+        layer = BatchNorm(np.bool_(False), momentum=momentum)
+        variables = layer.init(jax.random.key(0), x)
+        return layer.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]["mean"]
+
+    np.testing.assert_allclose(jax.vmap(mean)(jnp.array([0.0, 1.0])), [x.mean(0), [0, 0]])
+    assert BatchNorm(1).use_running_average == 1

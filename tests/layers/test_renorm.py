@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from formulas import EPSILON, batch_norm, batch_norm_gradient, moments, wide
 
@@ -134,18 +135,46 @@ def test_own_schedules_see_the_steps_before_this_update():
 @pytest.mark.parametrize(
     ("stored", "after"),
     [
-        (np.int32(7), 8),
-        (np.float32(3.0), 4),
-        (np.float32(0.035), 1),
-        (np.float32(2.9999998), 4),
-        (np.int32(2**24), 2**24 + 1),
+        (np.float32(3.0), np.float32(4)),
+        (np.float32(0.035), np.float32(1.035)),
+        (np.int32(7), np.int32(8)),  # an older checkpoint's
+        (np.int32(2**24), np.int32(2**24 + 1)),
+        (jnp.bfloat16(256), np.float32(257)),  # where bfloat16 stands still
+        (np.float16(2048), np.float32(2049)),
     ],
 )
-def test_steps_are_read_tolerantly_and_written_as_int32(stored, after):
+def test_steps_are_floats_and_integers_stay_integers(stored, after):
     _, stats = train(BatchRenorm(), variables(steps=stored), data())
-    assert stats["steps"] == after
-    assert stats["steps"].dtype == jnp.int32
-    assert stats["steps"].shape == ()
+    assert (stats["steps"], stats["steps"].dtype, stats["steps"].shape) == (after, after.dtype, ())
+
+
+@pytest.mark.parametrize("steps", [None, np.float32(3)])
+def test_a_target_network_follows_inside_a_scan(steps):
+    """Polyak averaging of all variables, `steps` among them, against the recursion in float64."""
+    online = variables() if steps is None else variables(steps=steps)
+    online["batch_stats"].setdefault("steps", np.float32(0))
+
+    def step(carry, _):
+        online, target = carry
+        online = {**online, "batch_stats": train(BatchRenorm(), online, data())[1]}
+        return (online, optax.incremental_update(online, target, 0.25)), None
+
+    (online, target), _ = jax.lax.scan(step, jax.tree.map(jnp.asarray, (online, online)), None, length=20)
+    expected = count = 0.0 if steps is None else float(steps)
+    for _ in range(20):
+        count += 1
+        expected = 0.25 * count + 0.75 * expected
+    assert online["batch_stats"]["steps"] == count
+    np.testing.assert_allclose(target["batch_stats"]["steps"], expected, rtol=1e-6)
+
+
+def test_all_variables_can_be_differentiated():
+    def loss(variables):
+        y, _ = BatchRenorm().apply(variables, data(), use_running_average=False, mutable=["batch_stats"])
+        return jnp.sum(jnp.asarray(y) ** 2)
+
+    gradient = jax.grad(loss)(jax.tree.map(jnp.asarray, variables(steps=np.float32(30_000))))
+    assert gradient["batch_stats"]["steps"] == 0
 
 
 def test_steps_missing_in_a_checkpoint_read_as_0():
@@ -158,7 +187,7 @@ def test_init_creates_steps_at_0():
     for running in (False, True):
         stats = BatchRenorm().init(jax.random.key(0), data(), use_running_average=running)["batch_stats"]
         assert stats["steps"] == 0
-        assert stats["steps"].dtype == jnp.int32
+        assert stats["steps"].dtype == jnp.float32
 
 
 def test_only_real_updates_move_the_steps():
@@ -180,7 +209,7 @@ def test_steps_survive_pmean(devices):
         return jax.lax.pmean(stats, "i")
 
     x = np.stack([data(seed=k) for k in range(8)])
-    stats = variables(steps=jnp.int32(0))["batch_stats"]
+    stats = variables(steps=jnp.float32(0))["batch_stats"]
     for expected in (1, 2, 3):
         found = jax.pmap(step, axis_name="i", in_axes=(None, 0))(variables() | {"batch_stats": stats}, x)
         stats = jax.tree.map(lambda a: np.asarray(a[0]), found)
@@ -266,6 +295,6 @@ def test_half_precision_input_has_a_float32_correction(dtype):
     x = jnp.asarray(data(), dtype)
     y, stats = train(BatchRenorm(r_max=1.5, d_max=0.5, dtype=dtype), variables(), x)
     assert y.dtype == dtype
-    assert (stats["mean"].dtype, stats["steps"].dtype) == (jnp.float32, jnp.int32)
+    assert (stats["mean"].dtype, stats["steps"].dtype) == (jnp.float32, jnp.float32)
     expected = algorithm_1(np.float64(x), RUNNING, 1.5, 0.5)[2]
     np.testing.assert_allclose(np.float64(y), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)  # cast once
