@@ -181,6 +181,7 @@ class Deep(nn.Module):
 
 class Scanned(nn.Module):
     axis: int = 0
+    reverse: bool = False
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -190,6 +191,7 @@ class Scanned(nn.Module):
             variable_axes={"params": 0, "batch_stats": self.axis},
             split_rngs={"params": True},
             length=3,
+            reverse=self.reverse,
         )
         return layers(train=train, name="layers")(x, None)[0]
 

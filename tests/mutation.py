@@ -148,7 +148,7 @@ MUTATIONS = [
     Mutation(
         "batches: the last one of a stream is not cut",
         "data/batches.py",
-        "min(size, num_samples - seen)",
+        "min(size, self.num_samples - seen)",
         "size",
         "data/test_batches.py",
     ),

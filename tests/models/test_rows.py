@@ -158,13 +158,6 @@ def test_drift(case):
     assert_drift(found, variables["batch_stats"], rows)
 
 
-def test_diagnosis(case):
-    model, variables, rows = case
-    found = diagnostics.diagnose(model, variables, DATA, losses, batch_size=BATCH)
-    assert_drift(found.drift, variables["batch_stats"], rows)
-    assert [record.layer for record in found.noise[None]] == list(rows)
-
-
 def test_noise(case):
     """Of the mean: root mean square over batches and channels, those of a row and no others."""
     model, variables, rows = case
@@ -191,12 +184,14 @@ def at(kept, name, mean, var):
     return kept
 
 
-def test_what_was_never_estimated(case, tmp_path):
+def test_diagnosis_and_what_was_never_estimated(case, tmp_path):
     """The last row, as `init` leaves it, is named by `diagnose`, and by the export, which refuses it."""
     model, variables, rows = case
     name = list(rows)[-1]
     variables = {**variables, "batch_stats": {"norm": at(variables["batch_stats"]["norm"], name, 0.0, 1.0)}}
     found = diagnostics.diagnose(model, variables, DATA, losses, batch_size=BATCH)
+    assert_drift(found.drift, variables["batch_stats"], rows)
+    assert [record.layer for record in found.noise[None]] == list(rows)
     (finding,) = [finding for finding in found.findings if finding.trap == "never estimated"]
     assert (finding.where, finding.number) == (name, 1)
     assert f"in 1 of {len(rows)} {'rows of statistics' if '[' in name else 'layers'}." in finding.evidence

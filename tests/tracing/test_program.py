@@ -9,11 +9,13 @@ from models import (
     InsideWhile,
     Recurrent,
     Repeated,
+    Scanned,
     X,
     dense_normalized,
     initialized,
+    train,
 )
-from oracle import assert_same_statistics, merged
+from oracle import assert_same_statistics, by_training_mode, merged
 
 import flaxbn
 
@@ -95,3 +97,10 @@ def test_layers_in_branches_are_left_out_by_their_names():
     assert_same_statistics(found["small"]["norm"], {"mean": mean, "var": var})
     for name in ("large", "after"):
         jax.tree.map(np.testing.assert_array_equal, found[name], variables["batch_stats"][name])
+
+
+def test_a_scan_from_its_end():
+    model = Scanned(reverse=True)
+    variables = initialized(model)
+    found = flaxbn.estimate_population_stats(model, variables, BATCHES)
+    assert_same_statistics(found, by_training_mode(model, variables, BATCHES, train))
