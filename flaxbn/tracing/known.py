@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxbn.tracing.jaxpr import evaluate, interpret
 from flaxbn.tracing.primitive import tap_p
-from flaxbn.tracing.program import Program, has_tap, kind_of, run_steps
+from flaxbn.tracing.program import Program, can_be_opened, has_tap, kind_of, run_steps
 
 _TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
 
@@ -28,7 +28,9 @@ UNKNOWN = _Unknown()
 def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """What reaches the `mean` of each tap where only some arguments are known.
 
-    Computes what the known arguments determine and nothing else. All branches of a `cond` are read.
+    Computes what the known arguments determine and nothing else, one output of an equation by itself: Flax hands all
+    collections through the `jit` or `remat` of a method, a layer's statistics too where the layer is not inside. All
+    branches of a `cond` are read.
 
     Args:
         program: the program; those of its constants that are traced are unknown.
@@ -40,15 +42,16 @@ def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list
     means: list[Any] = []
 
     def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
+        unknown = sum(v is UNKNOWN for v in values)
         if eqn.primitive is tap_p:
             means.append(values[1])
-        elif has_tap(eqn):
+        elif has_tap(eqn) or (can_be_opened(eqn) and 0 < unknown < len(values)):
             outputs, found = _read_inside(program, eqn, values)
             means.extend(found)
             return outputs
         elif eqn.primitive.name in _TYPE_CHANGES:
             return values
-        elif not eqn.effects and not any(v is UNKNOWN for v in values):
+        elif not eqn.effects and not unknown:
             return evaluate(eqn, values, program.jaxpr.debug_info)
         return [UNKNOWN] * len(eqn.outvars)
 

@@ -277,6 +277,11 @@ def kind_of(eqn: Any) -> str:
     return _KINDS[name]
 
 
+def can_be_opened(eqn: Any) -> bool:
+    """Whether an equation is one whose inside can be run by itself, as `kind_of` tells how."""
+    return eqn.primitive.name in _KINDS
+
+
 def tap_equations(jaxpr: Any) -> Iterator[Any]:
     """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
     for eqn in jaxpr.eqns:
