@@ -14,7 +14,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def data_sharding() -> NamedSharding:
     """Batches split along their leading axis over all devices of this process.
 
-    For the `sharding` argument of `estimate_population_stats`, and for `jax.device_put` of a batch.
+    For the `sharding` argument of `estimate_population_stats`, and for `jax.device_put` of a batch. A batch whose size
+    is no multiple of their number must be padded for the latter; the estimate does so itself.
+
+    Examples:
+        >>> import flaxbn, jax, jax.numpy as jnp
+        >>> batch = jnp.zeros((2 * jax.local_device_count(), 3))
+        >>> split = jax.device_put(batch, flaxbn.data_sharding())
+        >>> split.addressable_shards[0].data.shape
+        (2, 3)
     """
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("data"))

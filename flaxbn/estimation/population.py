@@ -117,6 +117,18 @@ def estimate_population_stats(
     Warns:
         UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
             pair of statistics can normalize each of them.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> images = np.arange(12, dtype=np.float32).reshape(6, 2)
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> stats = flaxbn.estimate_population_stats(model, variables, images, batch_size=2)
+        >>> stats["mean"].tolist()
+        [5.0, 6.0]
+        >>> predictions = model.apply({**variables, "batch_stats": stats}, images)
+        >>> abs(float(predictions.mean())) < 1e-6
+        True
     """
     moments = population_moments(
         model,
@@ -167,6 +179,18 @@ def population_moments(
         A tree like `batch_stats`, with one Moments in the place of each layer's variables; `to_batch_stats` turns it
         into statistics. Precise moments of different parts of the data merge by `flaxbn.merge` into those of one pass
         over all. Exact ones do not, but for the first layer: deeper ones depend on the statistics of the whole set.
+        Its arrays are numpy ones in float64, so nothing is lost however many parts there are.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> images = np.arange(12, dtype=np.float32).reshape(6, 2)
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> first = flaxbn.population_moments(model, variables, images[:4], batch_size=2)
+        >>> others = flaxbn.population_moments(model, variables, images[4:], batch_size=2)
+        >>> merged = flaxbn.merge(first, others)
+        >>> int(merged.count[0]), merged.mean.tolist()
+        (6, [5.0, 6.0])
     """
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
@@ -247,5 +271,14 @@ def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False)
     Raises:
         ValueError: if `moments` does not fit `batch_stats`, or a channel saw no data.
         TypeError: if a mean is complex and the stored one is real.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> images = np.arange(12, dtype=np.float32).reshape(6, 2)
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> moments = flaxbn.population_moments(model, variables, images, batch_size=2)
+        >>> flaxbn.to_batch_stats(moments, variables["batch_stats"])["mean"].tolist()
+        [5.0, 6.0]
     """
     return replace_statistics(batch_stats, moments, keep_unseen=keep_unseen)

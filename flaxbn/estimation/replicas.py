@@ -33,6 +33,13 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
     Raises:
         ValueError: if leaves have no common leading axis; `counts` are negative, all zero, or not one for each replica;
             or other leaves differ between replicas.
+
+    Examples:
+        >>> import flaxbn, jax.numpy as jnp
+        >>> stats = {"norm": {"mean": jnp.array([[0.0], [4.0]]), "var": jnp.ones((2, 1))}}  # of two replicas
+        >>> merged = flaxbn.merge_replicas(stats)["norm"]
+        >>> merged["mean"].tolist(), merged["var"].tolist()  # the variance between the means counts
+        ([2.0], [5.0])
     """
     batch_stats = jax.device_get(batch_stats)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)

@@ -52,6 +52,14 @@ class Plan:
         batches: the number of batches.
         samples: the number of samples.
         memory_limit: how many bytes of live values may be kept on each device; None for any number.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> images = np.zeros((100, 4), np.float32)
+        >>> plan = flaxbn.plan(model, model.init(jax.random.key(0), images), images, batch_size=20)
+        >>> plan.batches, plan.samples, plan.peak_bytes  # one layer: nothing is kept for later ones
+        (5, 100, 0)
     """
 
     calls: tuple[PlannedCall, ...]
@@ -151,6 +159,16 @@ def plan(
         TypeError: if `batches` is an iterator, whose length is not known; or as the estimate.
         ValueError: if the model has no batch-norm layer, or one inside a `while` loop, inside a `cond` that data or
             variables decide, or inside `shard_map`; more than 512 calls; with weights, an unknown batch axis.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> norm = nn.BatchNorm(use_running_average=True)
+        >>> model = nn.Sequential([norm, nn.Dense(8), norm.clone()])
+        >>> images = np.zeros((100, 4), np.float32)
+        >>> variables = jax.jit(model.init)(jax.random.key(0), images[:2])
+        >>> plan = flaxbn.plan(model, variables, images, batch_size=20, memory_limit=1000)
+        >>> [(call.layer, call.live_bytes, call.kept) for call in plan.calls]
+        [('layers_0', 1600, False), ('layers_2', 0, True)]
     """
     check_limit(memory_limit, "exact")
     asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
