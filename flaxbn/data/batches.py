@@ -80,6 +80,7 @@ class Stream:
         """The batches as they come."""
         seen = 0
         for batch in self.batches:
+            check_not_deleted("batches", batch)
             size = count_samples(batch)
             if self.num_samples is not None:
                 size = min(size, self.num_samples - seen)
@@ -108,7 +109,7 @@ class Stream:
 
     def sources(self) -> list[Source]:
         """All batches, which are read now and held."""
-        return [Source(abstract(batch), partial(_same, batch)) for batch in self]
+        return [Source(abstract(batch), partial(_held, batch)) for batch in self]
 
 
 def open_batches(
@@ -132,11 +133,13 @@ def open_batches(
     check_positive("batch_size", batch_size)
     check_positive("num_samples", num_samples)
     _check_kind(batches, batch_size)
+    if batch_size is not None:
+        check_not_deleted("batches", batches)
     if batch_size is None:
         return Stream(batches, num_samples)
-    samples = count_samples(batches)
+    arrays = to_auto(jax.tree.map(_as_array, batches))
+    samples = count_samples(arrays)
     _check_enough(samples, num_samples)
-    arrays = jax.tree.map(_as_array, to_auto(batches))
     chosen = None if num_samples is None else np.arange(num_samples, dtype=np.int64) * samples // num_samples
     cut = consecutive_rows if in_order else strided_rows
     return Arrays(arrays, chosen, cut(num_samples or samples, batch_size))
@@ -208,6 +211,21 @@ def _check_enough(seen: int, num_samples: int | None) -> None:
         raise ValueError(f"The data must hold `num_samples={num_samples}` samples: saw {seen}.")
 
 
+def check_not_deleted(name: str, tree: Any) -> None:
+    """Arrays that were donated to a compiled function are gone: an error that says so.
+
+    Raises:
+        ValueError: naming the argument, as which `tree` was given.
+    """
+    arrays = (a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer))
+    if any(a.is_deleted() for a in arrays):
+        raise ValueError(
+            f"`{name}` must hold arrays that are still there: got one that was deleted, as jax does with arrays that "
+            "are donated to a compiled function (`donate_argnums`, `donate_argnames`). Give what that function "
+            "returned, or a copy made before."
+        )
+
+
 def _as_array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray) else np.asarray(leaf)
 
@@ -216,7 +234,8 @@ def _received(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
-def _same(batch: Any) -> Any:
+def _held(batch: Any) -> Any:
+    check_not_deleted("batches", batch)  # whoever made it may have gone on
     return batch
 
 

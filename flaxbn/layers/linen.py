@@ -34,8 +34,8 @@ class BatchNorm(nn.Module):
     *using* batch statistics and *updating* the running average apart, so that a model can be validated with batch
     statistics while nothing is mutable.
 
-    Variables: params `scale` and `bias`; in the collection `batch_stats`, `mean` and `var`, float32 (`mean` complex64
-    if the input is complex) whatever `dtype` is, of the shape of the feature axes.
+    Variables: params `scale` and `bias`; in the collection `batch_stats`, `mean` and `var`, float32, or float64 where
+    the input is (`mean` complex where the input is), whatever `dtype` is, of the shape of the feature axes.
 
     Attributes:
         use_running_average: True in evaluation, False in training; give it here or at the call.
@@ -150,7 +150,7 @@ class BatchNorm(nn.Module):
     ) -> tuple[nn.Variable[Any], nn.Variable[Any], Array | None, Array | None]:
         shape = channels if self.num_domains is None else (self.num_domains, *channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stored_dtype(dtype))
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.finfo(stored_dtype(dtype)).dtype)
         affine_shape = shape if self.domain_affine else channels
         scale = self.param("scale", self.scale_init, affine_shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, affine_shape, self.param_dtype) if self.use_bias else None

@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from flaxbn.data.batches import check_not_deleted
+
 
 def check_model(model: Any) -> None:
     """A model must be a module, not a function in which its layers cannot be seen.
@@ -28,6 +30,7 @@ def check_concrete(name: str, tree: Any) -> None:
 
     Raises:
         TypeError: if a leaf is traced.
+        ValueError: if a leaf was donated away.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
@@ -36,3 +39,4 @@ def check_concrete(name: str, tree: Any) -> None:
             '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
             "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
         )
+    check_not_deleted(name, tree)

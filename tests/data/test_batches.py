@@ -1,6 +1,7 @@
 """Arrays and streams cut into batches."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import OneLayer
@@ -45,3 +46,56 @@ def test_the_last_batch_counts_by_its_size():
         moments = flaxbn.population_moments(ONE, ONE_VARIABLES, given, **options)["norm"]
         np.testing.assert_array_equal(moments.count, 41 * 3)
         np.testing.assert_allclose(moments.mean, one_oracle(X)["norm"]["mean"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+@pytest.mark.parametrize("size", [8, 5])
+def test_a_loader_may_fill_one_buffer_again_and_again(method, size):
+    """Aligned or not: jax on a CPU takes what is aligned as it is."""
+
+    def loader():
+        buffer = np.empty((size, 3, 2), np.float32)
+        for i in range(0, 40, size):
+            buffer[...] = X[i : i + size]
+            yield buffer
+
+    found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, loader(), method=method)
+    assert_same_statistics(found, one_oracle(X[:40]))
+
+
+class Counted:
+    """A sequence that counts how often it is read as a whole."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        self.reads += i == 0
+        return X[i]
+
+
+def test_a_sequence_is_read_once():
+    given = Counted()
+    found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, given, batch_size=10)
+    assert_same_statistics(found, one_oracle(X))
+    assert given.reads == 1
+
+
+def donated(x):
+    x = jnp.array(x)  # a copy: what is donated may be overwritten
+    jax.jit(lambda a: a + 1, donate_argnums=0)(x)
+    return x
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+def test_donated_arrays_are_named(method):
+    message = r"must hold arrays that are still there: got one that was deleted.*`donate_argnums`"
+    for batches, options in ((donated(X), {"batch_size": 10}), ([X[:20], donated(X[20:])], {})):
+        with pytest.raises(ValueError, match=f"`batches` {message}"):
+            flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, batches, method=method, **options)
+    variables = jax.tree.map(donated, ONE_VARIABLES)
+    with pytest.raises(ValueError, match=f"`variables` {message}"):
+        flaxbn.estimate_population_stats(ONE, variables, X, batch_size=10, method=method)
