@@ -19,7 +19,7 @@ from flaxbn.data.batches import count_samples
 from flaxbn.diagnostics.drift import Drift, compare
 from flaxbn.diagnostics.loss_gap import Gap, gap
 from flaxbn.diagnostics.noise import BatchNoise, noise_among
-from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches
+from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
 from flaxbn.layers.linen import BatchRenorm
 from flaxbn.models.batch_stats import Path
@@ -46,7 +46,8 @@ class Subject:
         variables: its variables, with the statistics that are to be looked at.
         call: how it is run for evaluation.
         only: the layers that training normalizes by their batches.
-        batches: those that are looked at.
+        batches: those that are looked at, in the order of training.
+        are_cut: whether they were cut out of arrays, which an estimate cuts in another way.
         batch_size: how many samples each of them holds.
         example: a batch of at least eight samples, if there are as many, to look at outputs with.
     """
@@ -56,6 +57,7 @@ class Subject:
     call: Call | None
     only: Callable[[str], bool] | None
     batches: Sequence[Any]
+    are_cut: bool
     batch_size: int
     example: Any
 
@@ -76,7 +78,7 @@ class Subject:
         size = count_samples(drawn[0])
         several = joined(by_shape(drawn)[0][: -(-_EXAMPLES // size)])
         example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], several)
-        return cls(model, variables, call, only, drawn, size, example)
+        return cls(model, variables, call, only, drawn, batch_size is not None, size, example)
 
     def moments_of(self, batches: Iterable[Any]) -> list[Any]:
         """The moments of each batch, which is normalized by itself in all layers, as in training."""
@@ -98,7 +100,8 @@ class Evidence:
     """All that is known of a subject whose values are finite and whose predictions do not depend on the batch.
 
     Attributes:
-        drift: the stored statistics against those of all data, a record for each row of statistics that saw data.
+        drift: the stored statistics against those of all data in batches as an estimate has them, a record for each row
+            of statistics that saw data.
         never_estimated: the rows among these whose stored statistics are the initial ones.
         domain_drift: for each domain the statistics of all data against those of this domain; empty where batches do
             not hold one domain each.
@@ -136,8 +139,12 @@ def gather(
     stored = variables["batch_stats"]
     numbers = _numbers_by_domain(subject.batches, domain)
     groups = {label: [subject.moments[i] for i in of_one] for label, of_one in numbers.items()}
-    anew = {k: subject.moments_of(reshuffled([subject.batches[i] for i in of_one])) for k, of_one in numbers.items()}
-    drift = compare(stored, _parts(*groups.values()), rows=rows, epsilon=epsilon)
+    batches = {label: [subject.batches[i] for i in of_one] for label, of_one in numbers.items()}
+    anew = {label: subject.moments_of(reshuffled(of_one)) for label, of_one in batches.items()}
+    population = groups
+    if subject.are_cut:
+        population = {label: subject.moments_of(strided(of_one)) for label, of_one in batches.items()}
+    drift = compare(stored, _parts(*population.values()), rows=rows, epsilon=epsilon)
     ran = {record.layer for record in drift}
     return Evidence(
         drift=drift,

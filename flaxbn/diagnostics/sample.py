@@ -5,14 +5,14 @@ at the same model would differ; so everything that is drawn here is drawn by the
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches
+from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches, strided_rows
 
 
 def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
@@ -98,8 +98,24 @@ def reshuffled(batches: Sequence[Any]) -> Iterator[Any]:
 
     What batches would be if their examples were independent: so much of their noise is not due to their order.
     """
+
+    def draw(samples: int, size: int) -> np.ndarray:
+        return np.random.default_rng(0).permutation(samples).reshape(-1, size)
+
+    return _recut(batches, draw)
+
+
+def strided(batches: Sequence[Any]) -> Iterator[Any]:
+    """The same examples in batches that take every K-th, as an estimate cuts arrays: an order of the data is no matter.
+
+    What is compared with an estimate must be cut as it is, or its batches are found to differ, and not its statistics.
+    """
+    return _recut(batches, lambda samples, size: strided_rows(samples, size)[0])
+
+
+def _recut(batches: Sequence[Any], rows_of: Callable[[int, int], np.ndarray]) -> Iterator[Any]:
+    """The same examples in as many other batches, those of one shape among themselves."""
     for group in by_shape(batches):
-        size = count_samples(group[0])
-        order = np.random.default_rng(0).permutation(size * len(group)).reshape(-1, size)
-        whole = joined(group)
-        yield from (jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in order)
+        whole, size = joined(group), count_samples(group[0])
+        for rows in rows_of(size * len(group), size):
+            yield jax.tree.map(lambda a, rows=rows: a[rows], whole)
