@@ -1,14 +1,4 @@
-"""Weighted mean and variance of arrays, as a monoid.
-
-Every variance of the library is computed in this file, by one formula. About any pivot `p`,
-
-    mean = p + E[x - p]
-    var  = E[|x - p|^2] - |E[x - p]|^2
-
-With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with
-`p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
-is the law of total variance, by which Moments merge.
-"""
+"""Weighted mean and variance of arrays, as a monoid: `measure` makes Moments of values, and here they merge."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from flaxbn.arithmetic.groups import Sharing, check_weights
+from flaxbn.arithmetic.pivot import abs2, mean_and_var, rounded_mean
 
 
 class Moments(NamedTuple):
@@ -52,101 +42,6 @@ def widen(dtype: Any) -> Any:
     Integers are measured in floats too, and complex values stay complex.
     """
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def measure(
-    x: Inexact[Array, "..."],
-    axes: Sequence[int],
-    *,
-    weights: Array | None = None,
-    fast: bool = False,
-    dtype: Any = None,
-) -> Moments:
-    """The Moments of `x` over `axes`; `merge` merges Moments that exist already.
-
-    Args:
-        x: the values, real, complex or integer.
-        axes: the axes to reduce; the other axes are the channels.
-        weights: bool or real, of the rank of `x`, each axis equal to that of `x` or 1. A position whose weight is
-            not positive takes no part: its value may be NaN or infinite, and its gradient is 0.
-        fast: use the one-pass form, with the variance clipped at 0. In float32 it loses the variance from
-            `|mean| / std` of about 1e3 on.
-        dtype: the dtype to compute in; by default float32, or wider if `x` is wider.
-
-    Returns:
-        Moments of the shape of `x` without `axes`.
-
-    Raises:
-        ValueError: if `axes` lie outside the rank of `x`; if `weights` has another rank than `x` or an axis that is
-            neither 1 nor that of `x`.
-
-    Examples:
-        >>> import flaxbn, jax.numpy as jnp
-        >>> x = jnp.array([[1.0, 10.0], [3.0, 10.0], [jnp.nan, jnp.nan]])
-        >>> moments = flaxbn.measure(x, axes=[0], weights=jnp.array([[1.0], [1.0], [0.0]]))
-        >>> moments.mean.tolist(), moments.var.tolist()
-        ([2.0, 10.0], [1.0, 0.0])
-    """
-    if any(not -x.ndim <= axis < x.ndim for axis in axes):
-        raise ValueError(f"`axes` must lie within the rank of the values: got {tuple(axes)} for shape {x.shape}.")
-    sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
-    pivot, deviations = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
-    return shifted(deviations, pivot)
-
-
-def measure_deviations(
-    x: Inexact[Array, "..."],
-    sharing: Sharing,
-    *,
-    weights: Array | None = None,
-    fast: bool = False,
-    dtype: Any = None,
-    axis_name: Hashable = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> tuple[Array, Moments]:
-    """`measure` before rounding: a constant `pivot` and the Moments of `x - pivot`.
-
-    The mean of `x` is `pivot + moments.mean`, a sum whose second term is lost to rounding where `|mean|` is large
-    against the standard deviation; `normalize` takes both terms and loses nothing. `shifted` adds them.
-
-    Args:
-        x: the values, real, complex or integer.
-        sharing: which of them share statistics.
-        weights, fast, dtype: as in `measure`.
-        axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s.
-
-    Returns:
-        The pivot and the Moments, float32 or wider, of the shape that `sharing` gives statistics.
-    """
-    inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-    x = x.astype(dtype if inexact else widen(x.dtype))
-    real = x.real.dtype
-    if weights is None:
-        weights = jnp.ones((1,) * x.ndim, real)
-    else:
-        check_weights(weights, x.shape)
-        taken = weights > 0
-        x = jnp.where(taken, x, 0)
-        weights = jnp.where(taken, weights, 0).astype(real)
-
-    def across(values: Any) -> Any:
-        if axis_name is None:
-            return values
-        return jax.lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
-
-    def total(values: Any) -> Any:
-        return across(sharing.total(values))
-
-    count = sharing.count(weights, x.shape)
-    if fast:
-        count = across(count)
-        pivot = jnp.zeros(count.shape, x.dtype)
-    else:
-        count, first = across((count, sharing.total(weights * x)))
-        pivot = _pivot(first, count).astype(x.dtype)
-    moments = _about(sharing.spread(pivot), weights, x, jnp.zeros((), real), count, total)
-    wide = widen(x.dtype)
-    return pivot.astype(wide), Moments(count, moments.mean.astype(wide), moments.var.astype(widen(real)))
 
 
 def shifted(moments: Moments, by: Array) -> Moments:
@@ -196,7 +91,7 @@ def merge_deviations_along(pivots: Array, deviations: Moments) -> Moments:
     The parts' pivots differ by much less than they measure, so their differences are exact, and small.
     """
     count = deviations.count
-    common = _pivot(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
+    common = rounded_mean(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
     return shifted(merge_along(shifted(deviations, pivots - common)), common[0])
 
 
@@ -255,44 +150,7 @@ def _merge_by(
     total: Callable[[Any], Any], moments: Moments, spread: Callable[[Array], Array] = lambda statistics: statistics
 ) -> Moments:
     count, first = total((moments.count, moments.count * moments.mean))
-    pivot = _pivot(first, count)
-    merged = _about(spread(pivot), moments.count, moments.mean, moments.var, count, total)
-    return shifted(merged, pivot)
-
-
-def _about(pivot: Array, weights: Array, mean: Array, var: Array, count: Array, total: Callable[[Any], Any]) -> Moments:
-    """The Moments of `value - pivot`, the values being given in parts (weight, mean, var)."""
-    deviation = mean - pivot
-    first, second = total((weights * deviation, weights * (var + _abs2(deviation))))
-    divisor = _divisor(count)
-    shift = first / divisor
-    return Moments(count, shift, _nonnegative(second / divisor - _abs2(shift)))
-
-
-def _pivot(first: Array, count: Array) -> Array:
-    """The mean, rounded to fewer digits than its dtype has.
-
-    A division that XLA contracts with the subtractions that follow would be rounded in some of them and not in others,
-    and the deviations would be from different pivots. This rounding cannot be contracted.
-    """
-    pivot = jax.lax.stop_gradient(first / _divisor(count))
-    kept = jnp.finfo(pivot.dtype)
-    if jnp.iscomplexobj(pivot):
-        parts = (jax.lax.reduce_precision(part, kept.nexp, kept.nmant - 1) for part in (pivot.real, pivot.imag))
-        return jax.lax.complex(*parts)
-    return jax.lax.reduce_precision(pivot, kept.nexp, kept.nmant - 1)
-
-
-def _abs2(x: Array) -> Array:
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
-
-
-def _divisor(count: Array) -> Array:
-    return jnp.where(count > 0, count, 1)
-
-
-def _nonnegative(var: Array) -> Array:
-    """Lifts rounding errors below 0 to 0 without a kink: the derivative at 0 stays that of `var`."""
-    return var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+    pivot = rounded_mean(first, count)
+    deviation = moments.mean - spread(pivot)
+    first, second = total((moments.count * deviation, moments.count * (moments.var + abs2(deviation))))
+    return shifted(Moments(count, *mean_and_var(count, first, second)), pivot)

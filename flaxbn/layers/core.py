@@ -19,7 +19,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, ArrayLike
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted
+from flaxbn.arithmetic.measure import measure_deviations
+from flaxbn.arithmetic.moments import Moments, shifted
 from flaxbn.arithmetic.normalize import normalize
 from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
 from flaxbn.layers.arguments import Mode, Options, domain_of, feature_axes, position_weights

@@ -1,0 +1,58 @@
+"""Mean and variance from sums about a pivot.
+
+Every variance of the library is computed in this file, by one formula. About any pivot `p`,
+
+    mean = p + E[x - p]
+    var  = E[|x - p|^2] - |E[x - p]|^2
+
+With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with
+`p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
+is the law of total variance, by which Moments merge.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def rounded_mean(first: Array, count: Array) -> Array:
+    """A pivot near `first / count`: a constant, rounded to fewer digits than its dtype has.
+
+    A division that XLA contracts with the subtractions that follow would be rounded in some of them and not in others,
+    and the deviations would be from different pivots. This rounding cannot be contracted.
+    """
+    pivot = jax.lax.stop_gradient(first / _divisor(count))
+    kept = jnp.finfo(pivot.dtype)
+    if jnp.iscomplexobj(pivot):
+        parts = (jax.lax.reduce_precision(part, kept.nexp, kept.nmant - 1) for part in (pivot.real, pivot.imag))
+        return jax.lax.complex(*parts)
+    return jax.lax.reduce_precision(pivot, kept.nexp, kept.nmant - 1)
+
+
+def mean_and_var(count: Array, first: Array, second: Array) -> tuple[Array, Array]:
+    """`E[x - p]` and the variance of `x`.
+
+    Args:
+        count: the sum of the weights.
+        first: the weighted sum of `x - p`.
+        second: that of `|x - p|^2`, the variance of each `x` added where it has one.
+
+    Returns:
+        Both 0 where `count` is 0.
+    """
+    divisor = _divisor(count)
+    mean = first / divisor
+    var = second / divisor - abs2(mean)
+    # Rounding errors below 0 become 0 without a kink: the derivative at 0 stays that of `var`.
+    return mean, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+
+
+def abs2(x: Array) -> Array:
+    """`|x|^2`, real."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def _divisor(count: Array) -> Array:
+    return jnp.where(count > 0, count, 1)
