@@ -11,6 +11,8 @@ and no shell does arithmetic. `run_layer` reads in the order of the computation:
 5. the new running average (`running_average.update_stored`).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +21,22 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, ArrayLike
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.measure import measure_deviations
-from flaxbn.arithmetic.moments import Moments, shifted
+from flaxbn.arithmetic.measure import SUMS, measure_deviations
+from flaxbn.arithmetic.moments import Moments, shifted, widen
 from flaxbn.arithmetic.normalize import normalize
 from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
 from flaxbn.layers.arguments import Mode, Options, domain_of, feature_axes, position_weights
 from flaxbn.layers.running_average import Stored, read_steps, row_of, update_stored
+
+_Compute = Callable[..., tuple[Array, "_Batch | None"]]
+_KEEP_SUMS = jax.checkpoint_policies.save_only_these_names(SUMS)
 
 
 class _Arranged(NamedTuple):
     """An input, and which of its positions share statistics.
 
     Attributes:
-        x: the values; 0 where a mask excludes what is not finite, which would spoil gradients even there.
+        x: the values.
         weights: the mask as weights of the rank of `x`, or None.
         sharing: what the statistics are sums over.
         row: where the whole batch is of one domain, its number: the layer runs on that row of what is stored.
@@ -48,6 +53,28 @@ class _Arranged(NamedTuple):
 class _Statistics(NamedTuple):
     mean: Array
     var: Array
+
+
+class _Bounds(NamedTuple):
+    """The bounds of renormalization, shaped to broadcast against statistics."""
+
+    r_max: Array
+    d_max: Array
+
+
+class _Running(NamedTuple):
+    """What is stored for the batch, as it was before.
+
+    Attributes:
+        mean, var: the running average, of all domains, or of that of the batch.
+        exists: whether there is a row for the batch's domain: a traced number cannot raise, and NaN shows a wrong one.
+        bounds: those of renormalization after so many updates; None where there is none.
+    """
+
+    mean: Array
+    var: Array
+    exists: Array | None
+    bounds: _Bounds | None
 
 
 class _Batch(NamedTuple):
@@ -103,23 +130,69 @@ def run_layer(
     """
     dtype = canonicalize_dtype(x, scale, bias, dtype=options.dtype)
     arranged = _arrange(options, mode, x, mask, domain)
-    running = _Statistics(row_of(stored.mean, arranged.row), row_of(stored.var, arranged.row))
+    running = _read(options, mode, stored, arranged.row)
     if options.domain_affine:
         scale, bias = row_of(scale, arranged.row), row_of(bias, arranged.row)
-    selected = _Selected(running.mean, None, running.var)
     if mode.measures:
-        batch = _measure(options, mode, arranged)
-        if not mode.use_running_average:
-            in_range = None if arranged.row is None else arranged.row < len(stored.mean)
-            selected = _select(batch, running, in_range)
-            if options.r_max is not None:
-                steps = row_of(read_steps(stored, options.num_domains), arranged.row)
-                scale, bias = _renormalize(options, selected, running, scale, bias, steps)
-        if mode.update:
-            found = shifted(batch.deviations, batch.pivot)
-            stored = update_stored(options, stored, running, found, batch.seen, arranged.row)
+        _check_values(options, mode, arranged)
+    compute: _Compute = functools.partial(_normalize, options, mode, dtype)
+    if not (mode.use_running_average or mode.initializing):
+        compute = jax.checkpoint(compute, prevent_cse=False, policy=_KEEP_SUMS)
+    y, batch = compute(arranged, running, scale, bias)
+    if mode.update and batch is not None:
+        found = shifted(batch.deviations, batch.pivot)
+        stored = update_stored(options, stored, running, found, batch.seen, arranged.row)
+    return y, stored
+
+
+def _read(options: Options, mode: Mode, stored: Stored, row: Array | None) -> _Running:
+    mean, var = row_of(stored.mean, row), row_of(stored.var, row)
+    exists, bounds = None if row is None else row < len(stored.mean), None
+    if options.r_max is not None and not mode.use_running_average:
+        steps = row_of(read_steps(stored, options.num_domains), row)
+        bounds = _Bounds(*(_at_steps(bound, steps, var.ndim) for bound in (options.r_max, options.d_max)))
+    return _Running(mean, var, exists, bounds)
+
+
+def _at_steps(bound: Any, steps: Array, ndim: int) -> Array:
+    """A bound after so many updates, shaped to broadcast against statistics of rank `ndim`.
+
+    Domains have counts of their own, and a schedule takes one step at a time: it is asked for each of them.
+    """
+    if callable(bound):
+        bound = jax.vmap(bound)(steps) if steps.ndim else bound(steps)
+    bound = jnp.asarray(bound)
+    return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
+
+
+def _normalize(
+    options: Options,
+    mode: Mode,
+    dtype: Any,
+    arranged: _Arranged,
+    running: _Running,
+    scale: Array | None,
+    bias: Array | None,
+) -> tuple[Array, _Batch | None]:
+    """The output, in `dtype`, and the statistics of the batch where they are measured, constants to differentiation.
+
+    In training a backward pass computes it again from its arguments and what `measure_deviations` has summed. What is
+    excluded by a mask and not finite, which would spoil gradients even there, is 0 from here on; and `x` is cast once,
+    since autodiff would round two cotangents of half precision, and then add them.
+    """
+    x = arranged.x
+    if arranged.weights is not None:
+        x = jnp.where((arranged.weights > 0) | jnp.isfinite(x), x, 0)
+    x = x.astype(widen(x.dtype))
+    selected, batch = _Selected(running.mean, None, running.var), None
+    if mode.measures:
+        batch = _measure(options, mode, arranged, x)
+    if batch is not None and not mode.use_running_average:
+        selected = _select(batch, running)
+        if running.bounds is not None:
+            scale, bias = _renormalize(options, selected, running, running.bounds, scale, bias)
     y = normalize(
-        arranged.x,
+        x,
         selected.pivot,
         selected.var,
         scale=_leading(scale, selected.pivot),
@@ -128,7 +201,7 @@ def run_layer(
         residual=selected.residual,
         spread=arranged.sharing.spread,
     )
-    return y.astype(dtype), stored
+    return y.astype(dtype), jax.lax.stop_gradient(batch)
 
 
 def _arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> _Arranged:
@@ -140,8 +213,6 @@ def _arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> 
     features = feature_axes(x.ndim, options.axis)
     axes = tuple(axis for axis in range(x.ndim) if axis not in features)
     weights = None if mask is None else position_weights(mask, x.shape, features)
-    if weights is not None:
-        x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
     numbers = domain_of(domain, options.num_domains, x.shape, features)
     row = None
     if numbers is not None and not numbers.ndim:
@@ -174,41 +245,41 @@ def _least_count(options: Options, sharing: Sharing, mask: Any) -> int:
     return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
 
 
-def _measure(options: Options, mode: Mode, arranged: _Arranged) -> _Batch:
-    """The statistics of the batch, those of other members of `axis_name` included.
+def _check_values(options: Options, mode: Mode, arranged: _Arranged) -> None:
+    """Without a mask shapes tell whether there is more than one value per channel: if not, it is an error.
 
-    Without a mask shapes tell whether there is more than one value per channel: if not, it is an error, for training
-    would go on without one, on a constant.
+    Training would go on without one, on a constant.
     """
-    x, sharing = arranged.x, arranged.sharing
-    axis_name = None if mode.initializing else options.axis_name
-    values = values_per_channel(x.shape, sharing.axes, axis_name, options.axis_index_groups)
-    if values == 1 and not mode.initializing and not options.accepts_single_value:
+    if mode.initializing or options.accepts_single_value:
+        return
+    shape, axes = arranged.x.shape, arranged.sharing.axes
+    if values_per_channel(shape, axes, options.axis_name, options.axis_index_groups) == 1:
         raise ValueError(
             f"{options.label} normalizes by batch statistics, which needs more than one value per channel: got an "
-            f"input of shape {x.shape} with feature axis {options.axis}, so its output would be constant. Use a larger "
+            f"input of shape {shape} with feature axis {options.axis}, so its output would be constant. Use a larger "
             "batch (drop a last batch of one), or `use_running_average=True` for evaluation."
         )
+
+
+def _measure(options: Options, mode: Mode, arranged: _Arranged, x: Array) -> _Batch:
+    """The statistics of the batch `x`, those of other members of `axis_name` included."""
     pivot, deviations = measure_deviations(
         x,
-        sharing,
+        arranged.sharing,
         weights=arranged.weights,
         fast=options.use_fast_variance,
-        dtype=None if options.force_float32_reductions else (options.dtype or x.dtype),
-        axis_name=axis_name,
+        dtype=None if options.force_float32_reductions else (options.dtype or arranged.x.dtype),
+        axis_name=None if mode.initializing else options.axis_name,
         axis_index_groups=options.axis_index_groups,
     )
     return _Batch(pivot, deviations, deviations.count > arranged.least_count)
 
 
-def _select(batch: _Batch, running: _Statistics, in_range: Array | None) -> _Selected:
-    """What training normalizes by: the statistics of the batch, and the running average where there are none.
-
-    `in_range` is that of the batch's domain, a traced number that cannot raise: it is NaN that shows a wrong one.
-    """
+def _select(batch: _Batch, running: _Running) -> _Selected:
+    """What training normalizes by: the statistics of the batch, and the running average where there are none."""
     pivot = jnp.where(batch.seen, batch.pivot, running.mean)
-    if in_range is not None:
-        pivot = jnp.where(in_range, pivot, jnp.nan)
+    if running.exists is not None:
+        pivot = jnp.where(running.exists, pivot, jnp.nan)
     residual = jnp.where(batch.seen, batch.deviations.mean, 0)
     return _Selected(pivot, residual, jnp.where(batch.seen, batch.deviations.var, running.var))
 
@@ -217,37 +288,24 @@ def _renormalize(
     options: Options,
     selected: _Selected,
     running: Statistics,
+    bounds: _Bounds,
     scale: Array | None,
     bias: Array | None,
-    steps: Array,
 ) -> tuple[Array, Array]:
     """The affine parameters that renormalize, too: `(y * r + d) * scale + bias` of the normalized y.
 
     The running average is that before this batch's update, and both means are taken about the pivot, so that their
-    difference, on which `d` rests, is not that of rounded numbers. `steps` are those of the domain of the batch, or of
-    all domains.
+    difference, on which `d` rests, is not that of rounded numbers.
     """
     if jnp.iscomplexobj(selected.pivot):
         raise TypeError(
             f"BatchRenorm takes real input, since its offset d is clipped: got {selected.pivot.dtype}. "
             "Use BatchNorm for complex input."
         )
-    r_max, d_max = (_at_steps(bound, steps, selected.var.ndim) for bound in (options.r_max, options.d_max))
     batch = _Statistics(selected.residual, selected.var)
     about_pivot = _Statistics(running.mean - selected.pivot, running.var)
-    corrected = correction(batch, about_pivot, r_max=r_max, d_max=d_max, epsilon=options.epsilon)
+    corrected = correction(batch, about_pivot, r_max=bounds.r_max, d_max=bounds.d_max, epsilon=options.epsilon)
     return corrected_affine(corrected, _leading(scale, selected.var), _leading(bias, selected.var))
-
-
-def _at_steps(bound: Any, steps: Array, ndim: int) -> Array:
-    """A bound after so many updates, shaped to broadcast against statistics of rank `ndim`.
-
-    Domains have counts of their own, and a schedule takes one step at a time: it is asked for each of them.
-    """
-    if callable(bound):
-        bound = jax.vmap(bound)(steps) if steps.ndim else bound(steps)
-    bound = jnp.asarray(bound)
-    return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
 
 
 def _leading(a: Array | None, like: Array) -> Array | None:
