@@ -280,7 +280,8 @@ def _select(batch: _Batch, running: _Running) -> _Selected:
     pivot = jnp.where(batch.seen, batch.pivot, running.mean)
     if running.exists is not None:
         pivot = jnp.where(running.exists, pivot, jnp.nan)
-    residual = jnp.where(batch.seen, batch.deviations.mean, 0)
+    no_residual = running.mean - jax.lax.stop_gradient(running.mean)  # 0, whose gradient is that of the mean
+    residual = jnp.where(batch.seen, batch.deviations.mean, no_residual)
     return _Selected(pivot, residual, jnp.where(batch.seen, batch.deviations.var, running.var))
 
 
