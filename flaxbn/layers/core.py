@@ -188,7 +188,7 @@ def _normalize(
     if mode.measures:
         batch = _measure(options, mode, arranged, x)
     if batch is not None and not mode.use_running_average:
-        selected = _select(batch, running)
+        selected = _select(batch, running, arranged.weights is not None)
         if running.bounds is not None:
             scale, bias = _renormalize(options, selected, running, running.bounds, scale, bias)
     y = normalize(
@@ -275,13 +275,17 @@ def _measure(options: Options, mode: Mode, arranged: _Arranged, x: Array) -> _Ba
     return _Batch(pivot, deviations, deviations.count > arranged.least_count)
 
 
-def _select(batch: _Batch, running: _Running) -> _Selected:
-    """What training normalizes by: the statistics of the batch, and the running average where there are none."""
-    pivot = jnp.where(batch.seen, batch.pivot, running.mean)
+def _select(batch: _Batch, running: _Running, weighted: bool) -> _Selected:
+    """What training normalizes by: the statistics of the batch, and the running average where there are none.
+
+    Both means are taken about the batch's pivot, so that deviations from it are computed once. Only where a mask hides
+    all positions but the layer has an output for them, there is none.
+    """
+    pivot = jnp.where(batch.deviations.count > 0, batch.pivot, running.mean) if weighted else batch.pivot
+    pivot = jax.lax.stop_gradient(pivot)
+    residual = jnp.where(batch.seen, batch.deviations.mean, running.mean - pivot)
     if running.exists is not None:
-        pivot = jnp.where(running.exists, pivot, jnp.nan)
-    no_residual = running.mean - jax.lax.stop_gradient(running.mean)  # 0, whose gradient is that of the mean
-    residual = jnp.where(batch.seen, batch.deviations.mean, no_residual)
+        residual = jnp.where(running.exists, residual, jnp.nan)
     return _Selected(pivot, residual, jnp.where(batch.seen, batch.deviations.var, running.var))
 
 
