@@ -3,7 +3,7 @@
 Options and the mode of a call, feature axes, masks and domain numbers mean the same whoever owns the variables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Options(NamedTuple):
     force_float32_reductions: bool
     num_domains: int | None
     domain_affine: bool
+    activation: Callable[[Array], Array] | None
     r_max: float | Schedule | None = None
     d_max: float | Schedule | None = None
 
@@ -72,6 +73,14 @@ class Mode(NamedTuple):
 def options_of(layer: Any, label: str) -> Options:
     """The options of a shell, whose fields have the same names; one without bounds does not renormalize."""
     return Options(label, **{name: getattr(layer, name) for name in Options._fields[1:] if hasattr(layer, name)})
+
+
+def check_activation(activation: Any) -> None:
+    """The activation is a function; other libraries take names."""
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"`activation` must be a function of the output, such as `flax.linen.relu`: got {activation!r}."
+        )
 
 
 def check_domains(num_domains: Any, domain_affine: bool) -> None:

@@ -3,12 +3,13 @@
 A shell for one of Flax's APIs passes in what it stores, and stores what comes back; nothing here creates a variable,
 and no shell does arithmetic. `run_layer` reads in the order of the computation:
 
-1. where statistics are shared, and which positions count (`_arrange`),
-2. the statistics of the batch (`_measure`),
-3. those to normalize by, of the batch or the running average (`_select`), with renormalization's r and d folded into
-   the affine parameters (`_renormalize`),
-4. the output (`flaxbn.normalize`), and
-5. the new running average (`running_average.update_stored`).
+1. where statistics are shared, and which positions count (`arranged.arrange`),
+2. what is stored for the batch (`_read`),
+3. the output (`_output`): the statistics of the batch (`_measure`), those to normalize by, of the batch or the running
+   average (`_select`), with renormalization's r and d folded into the affine parameters (`_renormalize`), and
+4. the new running average (`running_average.update_stored`).
+
+In training, step 3 is computed again for the backward pass, from the input and one value or two for each channel.
 """
 
 import functools
@@ -20,34 +21,16 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, ArrayLike
 
-from flaxbn.arithmetic.groups import Sharing, values_per_channel
 from flaxbn.arithmetic.measure import SUMS, measure_deviations
 from flaxbn.arithmetic.moments import Moments, shifted, widen
 from flaxbn.arithmetic.normalize import normalize
 from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
-from flaxbn.layers.arguments import Mode, Options, domain_of, feature_axes, position_weights
+from flaxbn.layers.arguments import Mode, Options
+from flaxbn.layers.arranged import Arranged, arrange, check_values
 from flaxbn.layers.running_average import Stored, read_steps, row_of, update_stored
 
 _Compute = Callable[..., tuple[Array, "_Batch | None"]]
 _KEEP_SUMS = jax.checkpoint_policies.save_only_these_names(SUMS)
-
-
-class _Arranged(NamedTuple):
-    """An input, and which of its positions share statistics.
-
-    Attributes:
-        x: the values.
-        weights: the mask as weights of the rank of `x`, or None.
-        sharing: what the statistics are sums over.
-        row: where the whole batch is of one domain, its number: the layer runs on that row of what is stored.
-        least_count: statistics of this weight or less are not used.
-    """
-
-    x: Array
-    weights: Array | None
-    sharing: Sharing
-    row: Array | None
-    least_count: int
 
 
 class _Statistics(NamedTuple):
@@ -129,13 +112,13 @@ def run_layer(
         TypeError: for domain numbers that are no integers, and for complex input to a layer that renormalizes.
     """
     dtype = canonicalize_dtype(x, scale, bias, dtype=options.dtype)
-    arranged = _arrange(options, mode, x, mask, domain)
+    arranged = arrange(options, mode, x, mask, domain)
     running = _read(options, mode, stored, arranged.row)
     if options.domain_affine:
         scale, bias = row_of(scale, arranged.row), row_of(bias, arranged.row)
     if mode.measures:
-        _check_values(options, mode, arranged)
-    compute: _Compute = functools.partial(_normalize, options, mode, dtype)
+        check_values(options, mode, arranged)
+    compute: _Compute = functools.partial(_output, options, mode, dtype)
     if not (mode.use_running_average or mode.initializing):
         compute = jax.checkpoint(compute, prevent_cse=False, policy=_KEEP_SUMS)
     y, batch = compute(arranged, running, scale, bias)
@@ -146,6 +129,7 @@ def run_layer(
 
 
 def _read(options: Options, mode: Mode, stored: Stored, row: Array | None) -> _Running:
+    """What is stored for the batch: all of it, or the row of its domain."""
     mean, var = row_of(stored.mean, row), row_of(stored.var, row)
     exists, bounds = None if row is None else row < len(stored.mean), None
     if options.r_max is not None and not mode.use_running_average:
@@ -165,20 +149,19 @@ def _at_steps(bound: Any, steps: Array, ndim: int) -> Array:
     return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
 
 
-def _normalize(
+def _output(
     options: Options,
     mode: Mode,
     dtype: Any,
-    arranged: _Arranged,
+    arranged: Arranged,
     running: _Running,
     scale: Array | None,
     bias: Array | None,
 ) -> tuple[Array, _Batch | None]:
     """The output, in `dtype`, and the statistics of the batch where they are measured, constants to differentiation.
 
-    In training a backward pass computes it again from its arguments and what `measure_deviations` has summed. What is
-    excluded by a mask and not finite, which would spoil gradients even there, is 0 from here on; and `x` is cast once,
-    since autodiff would round two cotangents of half precision, and then add them.
+    What is excluded by a mask and not finite, which would spoil gradients even there, is 0 from here on. `x` is cast
+    once for all that is made of it, since of two casts autodiff would round both cotangents to half precision.
     """
     x = arranged.x
     if arranged.weights is not None:
@@ -201,67 +184,12 @@ def _normalize(
         residual=selected.residual,
         spread=arranged.sharing.spread,
     )
-    return y.astype(dtype), jax.lax.stop_gradient(batch)
+    y = y.astype(dtype)
+    y = y if options.activation is None else options.activation(y)
+    return y, jax.lax.stop_gradient(batch)
 
 
-def _arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> _Arranged:
-    """Checks what a call is given, and finds out over what its statistics are sums.
-
-    A batch of one domain runs as a plain layer does, on that domain's row. Only where members of a mapped axis bring
-    batches of different domains must the sums be told apart, and the batch is one of mixed domains to each of them.
-    """
-    features = feature_axes(x.ndim, options.axis)
-    axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-    weights = None if mask is None else position_weights(mask, x.shape, features)
-    numbers = domain_of(domain, options.num_domains, x.shape, features)
-    row = None
-    if numbers is not None and not numbers.ndim:
-        if mode.measures and _members_may_differ(options, mode, features):
-            numbers = jnp.broadcast_to(numbers, x.shape[:1])
-        else:
-            row, numbers = numbers, None
-    sharing = Sharing(axes) if numbers is None else Sharing(axes, numbers, options.num_domains)
-    return _Arranged(x, weights, sharing, row, _least_count(options, sharing, mask))
-
-
-def _members_may_differ(options: Options, mode: Mode, features: tuple[int, ...]) -> bool:
-    """Whether members of `axis_name` may run different domains, which are then told apart by example."""
-    if options.axis_name is None or mode.initializing:
-        return False
-    if 0 in features:
-        raise ValueError(
-            "With `num_domains` and `axis_name` the leading axis of x must be that of examples: got feature axes "
-            f"{features}."
-        )
-    return True
-
-
-def _least_count(options: Options, sharing: Sharing, mask: Any) -> int:
-    """The weight up to which statistics are not used: 1 for a single value of a domain, whose output would be constant.
-
-    It counts 1 where weights are 0 or 1; of other weights, one value cannot be told from several.
-    """
-    single = sharing.domain is not None and not options.accepts_single_value
-    return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
-
-
-def _check_values(options: Options, mode: Mode, arranged: _Arranged) -> None:
-    """Without a mask shapes tell whether there is more than one value per channel: if not, it is an error.
-
-    Training would go on without one, on a constant.
-    """
-    if mode.initializing or options.accepts_single_value:
-        return
-    shape, axes = arranged.x.shape, arranged.sharing.axes
-    if values_per_channel(shape, axes, options.axis_name, options.axis_index_groups) == 1:
-        raise ValueError(
-            f"{options.label} normalizes by batch statistics, which needs more than one value per channel: got an "
-            f"input of shape {shape} with feature axis {options.axis}, so its output would be constant. Use a larger "
-            "batch (drop a last batch of one), or `use_running_average=True` for evaluation."
-        )
-
-
-def _measure(options: Options, mode: Mode, arranged: _Arranged, x: Array) -> _Batch:
+def _measure(options: Options, mode: Mode, arranged: Arranged, x: Array) -> _Batch:
     """The statistics of the batch `x`, those of other members of `axis_name` included."""
     pivot, deviations = measure_deviations(
         x,
@@ -278,8 +206,8 @@ def _measure(options: Options, mode: Mode, arranged: _Arranged, x: Array) -> _Ba
 def _select(batch: _Batch, running: _Running, weighted: bool) -> _Selected:
     """What training normalizes by: the statistics of the batch, and the running average where there are none.
 
-    Both means are taken about the batch's pivot, so that deviations from it are computed once. Only where a mask hides
-    all positions but the layer has an output for them, there is none.
+    Both means are taken about the batch's pivot, so that deviations from it are computed once. What a mask hides all of
+    has none, and an output all the same.
     """
     pivot = jnp.where(batch.deviations.count > 0, batch.pivot, running.mean) if weighted else batch.pivot
     pivot = jax.lax.stop_gradient(pivot)
