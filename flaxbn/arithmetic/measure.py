@@ -16,10 +16,11 @@ from flaxbn.arithmetic.pivot import abs2, mean_and_var, rounded_mean
 SUMS = "flaxbn_sums"
 """The name, for policies of `jax.checkpoint`, of what a measurement has summed, one value for each channel."""
 
-# Of 256 positions a sample has 16, whose mean is off by a quarter of a standard deviation where they are independent;
-# fewer positions than that are in the cache when they are read again.
-_MANY = 256
-_HALVINGS = 4
+# Fewer values than these are in the cache when they are read again. Of 256 positions a sample has 16, whose mean is off
+# by a quarter of a standard deviation if they are independent.
+_MANY_VALUES = 2**16
+_MANY_POSITIONS = 256
+_HALVINGS = 4  # 1/16: reading a sample costs next to nothing beside reading all
 
 
 def measure(
@@ -105,15 +106,16 @@ def measure_deviations(
         found = sharing.count(counted, values[0].shape), *sharing.total(weighted)
         if axis_name is not None:
             found = jax.lax.psum(found, axis_name, axis_index_groups=axis_index_groups)
-        return checkpoint_name(found, SUMS)
+        return tuple(map(_kept, found))
 
     pivot, deviation = jnp.zeros((), x.dtype), x
     if not fast:
         whole = weights is not None or sharing.domain is not None
         count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes)))
-        pivot = checkpoint_name(rounded_mean(first, count).astype(x.dtype), SUMS)
+        pivot = _kept(rounded_mean(first, count).astype(x.dtype))
         deviation = x - sharing.spread(pivot)
     count, first, second = sums(deviation, abs2(deviation))
+    count = count + jnp.zeros_like(second)  # split over devices as the channels are, where axes are Explicit
     mean, var = mean_and_var(count, first, second)
     wide = widen(x.dtype)
     return jnp.broadcast_to(pivot, count.shape).astype(wide), Moments(count, mean.astype(wide), var.astype(widen(real)))
@@ -135,7 +137,7 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
     """
     spec = jax.typeof(x).sharding.spec
     free = [axis for axis in axes if axis >= len(spec) or spec[axis] is None]
-    if not free or math.prod(x.shape[axis] for axis in axes) < _MANY:
+    if not free or x.size < _MANY_VALUES or math.prod(x.shape[axis] for axis in axes) < _MANY_POSITIONS:
         return x
     strides = [1] * x.ndim
     for _ in range(_HALVINGS):
@@ -143,3 +145,10 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
         widest = max(inner or free, key=lambda axis: x.shape[axis] / strides[axis])
         strides[widest] *= 2
     return x[tuple(slice(None, None, stride) for stride in strides)]
+
+
+def _kept(v: Array) -> Array:
+    """A value under the name `SUMS`; in two parts where it is complex, since `jax.checkpoint` rounds what it saves."""
+    if jnp.iscomplexobj(v):
+        return jax.lax.complex(checkpoint_name(v.real, SUMS), checkpoint_name(v.imag, SUMS))
+    return checkpoint_name(v, SUMS)
