@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flaxbn import domains as domains
+from flaxbn.arithmetic.measure import measure as measure
 from flaxbn.arithmetic.moments import Moments as Moments
-from flaxbn.arithmetic.moments import measure as measure
 from flaxbn.arithmetic.moments import merge as merge
 from flaxbn.arithmetic.moments import merge_across as merge_across
 from flaxbn.arithmetic.normalize import ema as ema

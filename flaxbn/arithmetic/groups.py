@@ -5,6 +5,7 @@ the batch and both spatial axes; one with domains only over the examples of each
 the members of a mapped axis as well.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["domain"], meta_fields=["axes", "num_domains"])
 @dataclass(frozen=True)
 class Sharing:
     """Positions along `axes` share statistics; where `domain` is given, only those of examples of one domain do.
@@ -53,7 +55,7 @@ class Sharing:
         """The sum of weights, without making an array of the size of the values for it.
 
         An axis along which weights do not vary is multiplied out: a mask of examples is summed over the batch alone,
-        and where there is no mask nothing is left to sum.
+        and where there is no mask nothing is left to sum. Channels are told apart where weights do.
 
         Args:
             weights: of the rank of `shape`, each axis equal to that of `shape` or 1.
@@ -64,8 +66,12 @@ class Sharing:
         """
         repeats = math.prod(shape[axis] for axis in self._inner if weights.shape[axis] == 1)
         sums = float(repeats) * jnp.sum(weights, self._inner, dtype=jnp.promote_types(weights.dtype, jnp.float32))
-        sums = jnp.broadcast_to(sums, tuple(n for axis, n in enumerate(shape) if axis not in self._inner))
-        return sums if self.domain is None else jax.ops.segment_sum(sums, self.domain, self.num_domains)
+        channels = tuple(n for axis, n in enumerate(shape) if axis not in self.axes)
+        if self.domain is None:
+            return jnp.broadcast_to(sums, channels)
+        sums = jnp.broadcast_to(sums, (shape[0], *sums.shape[1:]))
+        sums = jax.ops.segment_sum(sums, self.domain, self.num_domains)
+        return jnp.broadcast_to(sums, (len(sums), *channels))
 
     def spread(self, statistics: Array) -> Array:
         """Statistics as `total` gives them, shaped to broadcast against the positions.

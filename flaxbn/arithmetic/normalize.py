@@ -34,7 +34,8 @@ def normalize(
         mean, var: the statistics, of the rank of `x`, each axis equal to that of `x` or 1.
         scale, bias: the affine parameters, shaped likewise; None stands for 1 and 0.
         epsilon: what is added to the variance, in the unit of `var`.
-        residual: what rounding left out of `mean`, shaped likewise: the exact mean is `mean + residual`.
+        residual: what rounding left out of `mean`, shaped likewise: the exact mean is `mean + residual`. It then is the
+            only path of gradients to the mean.
         spread: shapes what is computed from the statistics to broadcast against `x`, where they do not by themselves.
 
     Returns:
@@ -50,7 +51,7 @@ def normalize(
     factor = jax.lax.rsqrt(var + epsilon)
     factor = factor if scale is None else factor * scale
     pivot = jax.lax.stop_gradient(mean)
-    rest = mean - pivot if residual is None else mean - pivot + residual
+    rest = mean - pivot if residual is None else residual
     offset = -rest * factor if bias is None else bias - rest * factor
     return (x.astype(widen(x.dtype)) - spread(pivot)) * spread(factor) + spread(offset)
 

@@ -92,6 +92,10 @@ class Stream:
                 return
         _check_enough(seen, self.num_samples)
 
+    def pick(self, numbers: Sequence[int]) -> list[Any]:
+        """Some batches of a sequence, by their numbers, received as those that come by themselves."""
+        return [*Stream([self.batches[number] for number in numbers])]  # type: ignore[index]
+
     def shapes(self) -> list[Any]:
         """Each batch as shapes and dtypes; of an iterable that is no sequence only the first is read."""
         batches = self.batches
@@ -100,7 +104,9 @@ class Stream:
                 f"A plan needs to know all batches beforehand: got {_described(batches)}, whose length is unknown. "
                 "Give arrays and a `batch_size`, a list of batches, or an iterable with a length."
             )
-        if not isinstance(batches, Sequence):
+        if isinstance(batches, Sequence):
+            batches = [abstract(batch) for batch in batches]  # one that reads its batches when asked is asked once
+        else:
             batches = [next(iter(batches))] * len(batches) if len(batches) else []
         sizes = [count_samples(batch) for batch in batches]
         ends = np.cumsum(sizes) if self.num_samples is None else np.minimum(np.cumsum(sizes), self.num_samples)

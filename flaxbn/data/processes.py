@@ -38,7 +38,8 @@ def on_all(compute: Callable[[], T], message: str = _NOTHING_ESTIMATED) -> T:
 def gather(value: Any) -> list[Any]:
     """The values of all processes, trees of arrays of the same shapes and dtypes, in the order of the processes.
 
-    They are numpy arrays. They travel as bytes, since jax would make float32 of float64 where 64 bits are off.
+    They are numpy arrays. They travel as bytes, since jax would make float32 of float64 where 64 bits are off; shapes
+    and dtypes must be the same on all, which are what this process reads the bytes of the others by.
     """
     value = jax.tree.map(np.asarray, jax.device_get(value))
     if jax.process_count() == 1:

@@ -48,17 +48,18 @@ def _drawn(count: int, num_batches: int) -> list[int]:
     return np.sort(np.random.default_rng(0).permutation(count)[:num_batches]).tolist()
 
 
-def _from_all_over(batches: Sequence[Any], num_batches: int) -> list[Any]:
-    """Of more batches than are wanted some, drawn at random, but not a smaller last one."""
+def _from_all_over(data: Stream, num_batches: int) -> list[Any]:
+    """Of a sequence of batches all, or some drawn at random, but for a smaller last one: it may be sorted."""
+    batches: Sequence[Any] = data.batches  # type: ignore[assignment]
     if len(batches) <= num_batches:
-        return [*batches]
+        return [*data] if len(batches) else []
     last_is_smaller = count_samples(batches[-1]) < count_samples(batches[0])
-    return [batches[number] for number in _drawn(len(batches) - last_is_smaller, num_batches)]
+    return data.pick(_drawn(len(batches) - last_is_smaller, num_batches))
 
 
 def _full_batches(data: Stream, num_batches: int) -> list[Any]:
     if isinstance(data.batches, Sequence):
-        some = _from_all_over(data.batches, num_batches)
+        some = _from_all_over(data, num_batches)
     else:
         some = [*itertools.islice(data, num_batches)]
     sizes = [count_samples(batch) for batch in some]

@@ -44,11 +44,15 @@ class NotFiniteError(ValueError):
     """Moments of a layer that hold NaN or infinities."""
 
     def __init__(self, layer: str, step: int) -> None:
-        self.layer = layer
+        self.layer, self._step = layer, step
         super().__init__(
             f"Batch statistics must be finite: those of '{layer}' are not in batch {step} (counted from 0), so its "
             "input holds NaN or infinite values, or overflows."
         )
+
+    def __reduce__(self) -> Any:
+        """Pickled as it is made, for other processes."""
+        return type(self), (self.layer, self._step)
 
 
 def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxbn.arithmetic.host_moments import merge_stacked
-from flaxbn.arithmetic.moments import Moments
+from flaxbn.arithmetic.moments import Moments, merge_along
 from flaxbn.models.batch_stats import Path, dict_names, named_leaves, stored_layers
 
 
@@ -80,7 +79,7 @@ def _merge(named: Any, path: Path, weights: np.ndarray) -> Moments:
     count = weights.reshape(-1, *[1] * (mean.ndim - 1))
     # A replica that has seen nothing may hold anything.
     mean, var = (np.where(count > 0, a, 0) for a in (mean, var))
-    return merge_stacked(Moments(np.broadcast_to(count, mean.shape), mean, var))  # type: ignore[arg-type]
+    return merge_along(Moments(np.broadcast_to(count, mean.shape), mean, var))  # type: ignore[arg-type]
 
 
 def _common(path: Any, leaf: Any) -> Any:

@@ -3,10 +3,9 @@
 Options and the mode of a call, feature axes, masks and domain numbers mean the same whoever owns the variables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
@@ -33,6 +32,7 @@ class Options(NamedTuple):
     force_float32_reductions: bool
     num_domains: int | None
     domain_affine: bool
+    activation: Callable[[Array], Array] | None
     r_max: float | Schedule | None = None
     d_max: float | Schedule | None = None
 
@@ -75,29 +75,40 @@ def options_of(layer: Any, label: str) -> Options:
     return Options(label, **{name: getattr(layer, name) for name in Options._fields[1:] if hasattr(layer, name)})
 
 
+_NUMBERS = int | float | np.number | np.bool_
+
+
 def check_averaging(use_running_average: Any, momentum: Any, epsilon: Any) -> None:
-    """The fields that decide what is averaged and divided by, where they are concrete: traced numbers pass.
+    """The fields that decide what is averaged and divided by, where they are plain numbers: arrays pass.
 
     PyTorch and `flax.nnx` take the number of features first, and torch's momentum is one minus Flax's: as
     `use_running_average`, a number of features would be true for good.
     """
-    if not isinstance(use_running_average, jax.core.Tracer) and use_running_average not in (None, False, True):
+    if isinstance(use_running_average, _NUMBERS) and use_running_average not in (0, 1):
         raise ValueError(
             f"`use_running_average` must be True, False or None: got {use_running_average!r}. The number of features "
             "is no argument here, since it is that of the input."
         )
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum <= 1:
+    if isinstance(momentum, _NUMBERS) and not 0 <= momentum <= 1:
         raise ValueError(
             f"`momentum` must lie in [0, 1]: got {momentum}. It is the weight of the old value: 0.9 where PyTorch has "
             "0.1."
         )
-    if not isinstance(epsilon, jax.core.Tracer) and not epsilon >= 0:
+    if isinstance(epsilon, _NUMBERS) and not epsilon >= 0:
         raise ValueError(f"`epsilon` must not be negative: got {epsilon}.")
+
+
+def check_activation(activation: Any) -> None:
+    """The activation is a function; other libraries take names."""
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"`activation` must be a function of the output, such as `flax.linen.relu`: got {activation!r}."
+        )
 
 
 def check_domains(num_domains: Any, domain_affine: bool) -> None:
     """The fields of a layer with domains; without any, there is nothing to keep parameters for."""
-    if num_domains is not None and (not isinstance(num_domains, int) or num_domains < 1):
+    if num_domains is not None and (not isinstance(num_domains, int) or num_domains is True or num_domains < 1):
         raise ValueError(f"`num_domains` must be a positive integer: got {num_domains!r}.")
     if domain_affine and num_domains is None:
         raise ValueError("`domain_affine` needs `num_domains`: got none.")
@@ -106,7 +117,7 @@ def check_domains(num_domains: Any, domain_affine: bool) -> None:
 def check_bounds(r_max: Any, d_max: Any) -> None:
     """The bounds of renormalization, where they are numbers: what a schedule returns is not known before training."""
     for name, bound, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not callable(bound) and not bound >= least:
+        if isinstance(bound, _NUMBERS) and not bound >= least:
             raise ValueError(f"`{name}` must be at least {least}, or a schedule: got {bound}.")
 
 

@@ -3,7 +3,7 @@
 What their call does with them is `flaxbn.layers.core.run_layer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int, Shaped
 
 from flaxbn.arithmetic.renorm import Schedule, paper_d_max, paper_r_max
-from flaxbn.layers.arguments import Mode, check_averaging, check_bounds, check_domains, feature_axes, options_of
+from flaxbn.layers.arguments import (
+    Mode,
+    check_activation,
+    check_averaging,
+    check_bounds,
+    check_domains,
+    feature_axes,
+    options_of,
+)
 from flaxbn.layers.core import run_layer
 from flaxbn.layers.names import layer_label
 from flaxbn.layers.running_average import Stored, initial_steps, stored_dtype
@@ -30,9 +38,10 @@ class BatchNorm(nn.Module):
 
     With `num_domains` there is one pair for every domain, whose sums run over the positions of its examples.
 
-    Unlike Flax's layer it computes the variance in two passes by default, honours the weights in a mask, and keeps
-    *using* batch statistics and *updating* the running average apart, so that a model can be validated with batch
-    statistics while nothing is mutable.
+    Unlike Flax's layer it computes the variance about a pivot by default, so that large means do no harm, honours the
+    weights in a mask, and keeps *using* batch statistics and *updating* the running average apart, so that a model can
+    be validated with batch statistics while nothing is mutable. For the backward pass it keeps its input and a few
+    values for each channel.
 
     Variables: params `scale` and `bias`; in the collection `batch_stats`, `mean` and `var`, float32, or float64 where
     the input is (`mean` complex where the input is), whatever `dtype` is, of the shape of the feature axes.
@@ -56,6 +65,8 @@ class BatchNorm(nn.Module):
         num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
             call takes `domain`. For training and inference on several datasets with shared weights.
         domain_affine: keep a `scale` and a `bias` for each domain, too.
+        activation: a function of the output, such as `nn.relu`, that the layer applies itself. The backward pass then
+            computes its input again, where otherwise that or a mask of it is kept for each activation.
 
     Examples:
         >>> import flaxbn, jax, jax.numpy as jnp
@@ -83,9 +94,11 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     num_domains: int | None = None
     domain_affine: bool = False
+    activation: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
         check_averaging(self.use_running_average, self.momentum, self.epsilon)
+        check_activation(self.activation)
         check_domains(self.num_domains, self.domain_affine)
         super().__post_init__()
 
@@ -117,7 +130,8 @@ class BatchNorm(nn.Module):
                 of total weight 0, or whose batch statistics are not finite, are not updated.
 
         Returns:
-            The normalized input, in `dtype`. Channels of total weight 0 are normalized by the running average.
+            The normalized input, in `dtype`, after `activation`. Channels of total weight 0 are normalized by the
+            running average.
 
         Raises:
             ValueError: if an update is asked for and `batch_stats` is not mutable; if the batch has one value per

@@ -91,8 +91,12 @@ def update_stored(
 
 
 def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
-    """The running average, in the wider of both dtypes, float32 at least; no gradient flows into what is stored."""
-    dtype = jnp.promote_types(widen(old.dtype), stored_dtype(new.dtype))
+    """The running average, in the dtype that is stored, float32 at least; no gradient flows into what is stored.
+
+    How wide it is was decided when the variables were made: a dtype that changed with the input would not go through
+    `lax.scan`.
+    """
+    dtype = jnp.promote_types(widen(old.dtype), jnp.complex64) if jnp.iscomplexobj(new) else widen(old.dtype)
     old = old.astype(dtype)
     return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
 

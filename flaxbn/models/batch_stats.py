@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flaxbn.arithmetic.host_moments import merge_numbered
-from flaxbn.arithmetic.moments import Moments, is_moments, widen
+from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
 from flaxbn.layers.names import layer_name, layer_path
 
 Path = tuple[str, ...]
@@ -65,7 +64,7 @@ def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     layers = stored_layers(variables["batch_stats"])
 
     def wide(path: Any, leaf: Any) -> Any:
-        if leaf.dtype == np.float32:
+        if getattr(leaf, "dtype", None) == np.float32:
             return leaf
         names = dict_names(path)
         return leaf.astype(widen(leaf.dtype)) if _is_statistic(names, layers.entries) else leaf

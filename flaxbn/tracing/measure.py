@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.moments import Moments, measure_deviations, shifted
+from flaxbn.arithmetic.measure import measure_deviations
+from flaxbn.arithmetic.moments import Moments, shifted
 from flaxbn.tracing.primitive import Tap
 
 

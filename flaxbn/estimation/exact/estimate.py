@@ -24,17 +24,17 @@ from flaxbn.models.batch_stats import all_entries
 def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
     """The exact moments of the data, merged over all processes for each call."""
 
-    def prepare() -> tuple[list[Batch], IndependenceCheck | None]:
+    def prepare() -> tuple[list[Batch], list[bool], IndependenceCheck | None]:
         batches = prepare_batches(asked, data.sources())
         if len(batches) == 1 == jax.process_count():
             for segment in batches[0].segments.segments:
                 segment.check_values()
-        return batches, IndependenceCheck.of(asked, batches) if check_independence else None
+        kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else []
+        return batches, kept, IndependenceCheck.of(asked, batches) if check_independence else None
 
-    batches, check = on_all(prepare)
+    batches, kept, check = on_all(prepare)
     calls = _agreed(gather(_signature(batches)))
-    kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else [True] * calls
-    found = run(asked, batches, kept)
+    found = run(asked, batches, kept or [True] * calls)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
     result = Result(entries, range(len(batches)), jax.device_get(found.moments), found.first_bad)
 

@@ -1,0 +1,69 @@
+"""Mean and variance from sums about a pivot.
+
+Every variance of the library is computed in this file, by one formula. About any pivot `p`,
+
+    mean = p + E[x - p]
+    var  = E[|x - p|^2] - |E[x - p]|^2
+
+With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with
+`p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
+is the law of total variance, by which Moments merge.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def rounded_mean(first: Array, count: Array) -> Array:
+    """A pivot near `first / count`: a constant, rounded to fewer digits than its dtype has.
+
+    A division that XLA contracts with the subtractions that follow would be rounded in some of them and not in others,
+    and the deviations would be from different pivots. This rounding cannot be contracted.
+    """
+    if is_on_host(first):
+        return first / _divisor(count)
+    pivot = jax.lax.stop_gradient(first / _divisor(count))
+    kept = jnp.finfo(pivot.dtype)
+    if jnp.iscomplexobj(pivot):
+        parts = (jax.lax.reduce_precision(part, kept.nexp, kept.nmant - 1) for part in (pivot.real, pivot.imag))
+        return jax.lax.complex(*parts)
+    return jax.lax.reduce_precision(pivot, kept.nexp, kept.nmant - 1)
+
+
+def mean_and_var(count: Array, first: Array, second: Array) -> tuple[Any, Any]:
+    """`E[x - p]` and the variance of `x`.
+
+    Args:
+        count: the sum of the weights.
+        first: the weighted sum of `x - p`.
+        second: that of `|x - p|^2`, the variance of each `x` added where it has one.
+
+    Returns:
+        Both 0 where `count` is 0.
+    """
+    divisor = _divisor(count)
+    mean = first / divisor
+    var = second / divisor - abs2(mean)
+    if is_on_host(var):
+        return mean, np.maximum(var, 0)
+    # Rounding errors below 0 become 0 without a kink: the derivative at 0 stays that of `var`.
+    return mean, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+
+
+def abs2(x: Any) -> Any:
+    """`|x|^2`, real."""
+    square = np.square if is_on_host(x) else jnp.square
+    return square(x.real) + square(x.imag) if np.iscomplexobj(x) else square(x)
+
+
+def is_on_host(value: Any) -> bool:
+    """Whether a value is a numpy array or a plain number: what is computed of it stays in numpy, in its precision."""
+    return isinstance(value, np.ndarray | np.generic | int | float | complex)
+
+
+def _divisor(count: Array) -> Array:
+    return (np if is_on_host(count) else jnp).where(count > 0, count, 1)

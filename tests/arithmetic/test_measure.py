@@ -1,0 +1,191 @@
+"""The pivot of one pass, and what is measured about it, against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formulas import moments
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxbn import measure
+from flaxbn.arithmetic.groups import Sharing
+from flaxbn.arithmetic.measure import SUMS, measure_deviations, sample
+
+SHAPES = [(64, 16, 16, 4), (4096, 16)]
+RATIOS = [0.0, 10.0, 1e3, 1e4]  # |mean| / std
+
+
+def share_of(x, axes):
+    return sample(x, axes).size / x.size
+
+
+def lattice(shape):
+    """The positions that the pivot is the mean of."""
+    numbers = sample(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), range(len(shape) - 1))
+    return np.isin(np.arange(np.prod(shape)).reshape(shape), np.asarray(numbers))
+
+
+def data(kind, ratio, shape, seed=0):
+    """Of standard deviation 1 in each channel, or with zeros where the sample is taken."""
+    x = np.random.default_rng(seed).normal(size=shape)
+    axes = tuple(range(len(shape) - 1))
+    if kind == "zeros on the lattice":
+        return np.where(lattice(shape), 0, x + ratio).astype(np.float32)
+    if kind == "sorted":
+        x = np.sort(x.reshape(-1, shape[-1]), axis=0).reshape(shape)
+    elif kind == "outliers":
+        x.reshape(-1, shape[-1])[5::500] *= 100
+    elif kind == "the lattice apart":
+        x = 1e-3 * x + lattice(shape)
+    return ((x - x.mean(axes)) / x.std(axes) + ratio).astype(np.float32)
+
+
+def error(found, expected):
+    return np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        # Sums of float32 numbers of the size of the standard deviation, rounded a few times on their way.
+        ("ordinary", 1e-6),
+        ("sorted", 1e-6),
+        ("outliers", 1e-6),
+        # The pivot is sqrt(15) standard deviations off: two terms of 16 and 15 variances are subtracted.
+        ("the lattice apart", 4e-6),
+        ("zeros on the lattice", 4e-6),
+    ],
+)
+def test_no_data_spoils_the_variance(shape, ratio, kind, tolerance):
+    x = data(kind, ratio, shape)
+    found = jax.jit(lambda x: measure(x, range(x.ndim - 1)))(x)
+    count, mean, var = moments(x.reshape(-1, shape[-1]))
+    np.testing.assert_array_equal(found.count, count)
+    assert error(found.var, var) <= tolerance
+    assert np.all(np.abs(found.mean - mean) <= tolerance * np.sqrt(var) + 6e-8 * np.abs(mean))  # half a last place
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "sorted", "outliers", "the lattice apart", "zeros on the lattice"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bound_of_the_pivot(kind, shape):
+    x = data(kind, 10.0, shape)
+    share = share_of(x, tuple(range(len(shape) - 1)))
+    assert share == 1 / 16
+    pivot, _ = measure_deviations(x, Sharing(tuple(range(len(shape) - 1))))
+    _, mean, var = moments(x.reshape(-1, shape[-1]))
+    ratio = (mean - pivot) ** 2 / var / ((1 - share) / share)
+    assert np.all(ratio <= 1 + 1e-5)  # roundings of a float32 pivot
+    if kind == "the lattice apart":
+        assert np.all(ratio > 0.99)  # no better bound holds
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((128, 32, 32, 64), (128, 8, 8, 64)),
+        ((64, 7, 7, 512), (64, 2, 2, 512)),
+        ((4096, 64), (256, 64)),
+        ((64, 256, 32), (64, 16, 32)),
+        ((1024, 2, 2, 64), (256, 1, 1, 64)),
+        ((4096, 1, 64), (256, 1, 64)),
+        ((8, 16, 16, 16, 16), (8, 4, 8, 8, 16)),
+    ],
+)
+def test_examples_are_thinned_only_where_other_axes_are_short(shape, taken):
+    x = jnp.zeros(shape)
+    assert sample(x, range(len(shape) - 1)).shape == taken
+
+
+@pytest.mark.parametrize("shape", [(255, 512), (16, 8, 8, 32), (1, 128, 128, 1)])
+def test_few_values_or_positions_are_all_taken(shape):
+    x = jnp.zeros(shape)
+    assert sample(x, range(len(shape) - 1)) is x
+
+
+def test_feature_axes_in_front():
+    x = np.moveaxis(data("ordinary", 1e4, (64, 16, 16, 4)), -1, 1)
+    assert sample(x, (0, 2, 3)).shape == (64, 4, 4, 4)
+    found = measure(x, (0, 2, 3))
+    assert error(found.var, moments(np.moveaxis(x, 1, -1).reshape(-1, 4))[2]) <= 1e-6
+
+
+def names(jaxpr):
+    """The names that `checkpoint_name` gave, and the shapes of what it gave them to."""
+    found = [(e.params["name"], e.outvars[0].aval.shape) for e in jaxpr.eqns if e.primitive.name == "name"]
+    inner = [v for e in jaxpr.eqns for v in e.params.values() if hasattr(v, "jaxpr")]
+    return found + [pair for closed in inner for pair in names(closed.jaxpr)]
+
+
+def passes(f, x):
+    """How many reductions read an array of the size of x."""
+    equations = jax.make_jaxpr(f)(x).jaxpr.eqns
+    return sum(e.primitive.name == "reduce_sum" and e.invars[0].aval.size == x.size for e in equations)
+
+
+def test_what_is_named_has_one_value_for_each_channel():
+    x = jnp.zeros((4096, 16))
+    found = names(jax.make_jaxpr(lambda x: measure_deviations(x, Sharing((0,))))(x).jaxpr)
+    assert {name for name, _ in found} == {SUMS}
+    assert {shape for _, shape in found} == {(16,)}
+
+
+def test_one_pass_without_weights_two_with():
+    """Both sums of the second pass read the same deviations."""
+    x = jnp.zeros((4096, 16))
+    assert passes(lambda x: measure_deviations(x, Sharing((0,))), x) == 2
+    weights = jnp.ones((4096, 1))
+    assert passes(lambda x: measure_deviations(x, Sharing((0,)), weights=weights), x) == 3
+    assert passes(lambda x: measure_deviations(x, Sharing((0,)), fast=True), x) == 2
+
+
+def test_weights_of_one_and_domains_of_one_give_the_same():
+    x = data("outliers", 1e3, (4096, 16))
+    expected = moments(x)[2]
+    weighted = measure(x, (0,), weights=jnp.ones((4096, 1)))
+    _, of_domain = measure_deviations(x, Sharing((0,), jnp.zeros(4096, jnp.int32), 1))
+    for var in (weighted.var, of_domain.var[0]):
+        assert error(var, expected) <= 1e-6  # as in one pass
+
+
+MESH = {"i": 4, "j": 2}
+SPLITS = [
+    (shape, spec)
+    for shape in [(64, 16, 16, 4), (40, 14, 14, 16), (4096, 16), (1000, 80)]
+    for spec in [P(None), P("i"), P(None, "i"), P("i", None, "j"), P("i", None, None, "j")]
+    if len(spec) <= len(shape) and all(axis is None or n % MESH[axis] == 0 for axis, n in zip(spec, shape))
+]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("shape", "spec"), SPLITS)
+def test_values_split_over_devices(devices, kind, shape, spec):
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(kind, kind), devices=devices)
+    x = data("ordinary", 1e4, shape)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: measure(x, range(x.ndim - 1)))(jax.device_put(x, NamedSharding(mesh, spec)))
+    assert error(found.var, moments(x.reshape(-1, shape[-1]))[2]) <= 1e-6
+
+
+def test_a_batch_split_over_devices_is_sampled_where_it_lies(devices):
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,), devices=devices)
+    for shape in [(64, 16, 16, 4), (4096, 16)]:
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("i")))
+        text = jax.jit(lambda x: measure(x, range(x.ndim - 1))).lower(x).compile().as_text()
+        assert "all-reduce" in text
+        assert not any(kind in text for kind in ("all-gather", "collective-permute", "all-to-all"))
+
+
+def test_members_sample_their_own_part(devices):
+    x = data("outliers", 1e3, (4096, 16))
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,), devices=devices)
+
+    def member(x):
+        pivot, deviations = measure_deviations(x, Sharing((0,)), axis_name="i")
+        return pivot + deviations.mean, deviations.var
+
+    mean, var = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=P("i"), out_specs=P()))(x)
+    assert error(var, moments(x)[2]) <= 1e-6
+    np.testing.assert_allclose(mean, moments(x)[1], rtol=6e-8)
