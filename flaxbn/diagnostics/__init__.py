@@ -20,6 +20,11 @@ from flaxbn.diagnostics.report import table as table
 from flaxbn.models.rows import Row as Row
 from flaxbn.models.rows import rows_of as rows_of
 
-for _value in list(globals().values()):
-    if getattr(_value, "__module__", "").startswith("flaxbn."):
-        _value.__module__ = "flaxbn.diagnostics"
+_PUBLIC = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("flaxbn.")]
+for _name in _PUBLIC:
+    globals()[_name].__module__ = "flaxbn.diagnostics"
+del _name
+
+
+def __dir__() -> list[str]:
+    return sorted(_PUBLIC)

@@ -1,4 +1,4 @@
-"""Evaluation with chosen statistics, and the statistics of a population: one pass with the weights frozen."""
+"""The statistics of a population: one pass over data with the weights frozen."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -73,8 +73,8 @@ def estimate_population_stats(
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
-            batches, each such a pytree, which is read once. (Exact statistics hold all batches of an iterable where
-            they are, until they are kept in another form.)
+            batches, each such a pytree, which is read once; numpy arrays are copied as they come. (Exact statistics
+            hold all batches of an iterable, until they are kept in another form.)
         call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
             `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
         batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k

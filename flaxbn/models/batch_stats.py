@@ -99,7 +99,12 @@ def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredL
     entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
     fields = (np.concatenate([np.zeros(0), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3))
     merged = merge_numbered(Moments(*fields), entries, layers.total)  # type: ignore[arg-type]
-    return {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
+    by_layer = {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
+    complex_entries = [np.ravel(e) for e, m in parts if np.iscomplexobj(m.mean)]
+    if complex_entries:  # in one array with those, the means of real layers became complex, too
+        is_complex = {path: np.isin(e, np.concatenate(complex_entries)).any() for path, e in layers.entries.items()}
+        by_layer = {p: m if is_complex[p] else m._replace(mean=m.mean.real) for p, m in by_layer.items()}
+    return by_layer
 
 
 def as_tree(moments: Mapping[Path, Moments]) -> Any:

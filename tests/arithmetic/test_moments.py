@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import flaxbn
 from flaxbn import Moments, measure, merge
-from flaxbn.arithmetic.moments import is_moments, merge_along
+from flaxbn.arithmetic.moments import is_moments, merge_along, merge_numbered
 
 N, C, PARTS = 24, 3, 4
 RATIOS = [0.0, 10.0, 1e3, 1e4]  # |mean| / std
@@ -345,3 +345,42 @@ def test_merging_different_shapes_is_an_error():
 def test_the_catalogue_exports_the_monoid():
     assert flaxbn.Moments is Moments
     assert flaxbn.Moments._fields == ("count", "mean", "var")
+
+
+class TestOnTheHost:
+    """Numpy Moments merge in float64, whatever order and however many."""
+
+    def test_many_small_parts_one_after_another(self):
+        """In float32 the count stands still at 2**24."""
+        total, one = Moments(np.float64(1e9), np.float64(0), np.float64(1)), Moments(*map(np.float64, (30, 1, 1)))
+        for _ in range(2000):
+            total = merge(total, one)
+        share = 60_000 / (1e9 + 60_000)
+        assert total.count == 1e9 + 60_000
+        np.testing.assert_allclose(total.mean, share, rtol=1e-12)
+        np.testing.assert_allclose(total.var, 1 + share * (1 - share), rtol=1e-12)
+
+    @pytest.mark.parametrize("offset", [0.0, 1e4, 1e4 + 1e4j])
+    def test_millions_at_once(self, offset):
+        """Values of variance 1/4 in two million parts, as a long pass collects them."""
+        mean = np.tile([offset, offset + 1], 10**6)
+        moments = Moments(np.full(len(mean), 30.0), mean, np.zeros(len(mean)))
+        found = merge_numbered(moments, np.zeros(len(mean), int), 2)
+        np.testing.assert_allclose(found.count, [6e7, 0])
+        np.testing.assert_allclose(found.mean, [offset + 0.5, 0], rtol=1e-14)
+        np.testing.assert_allclose(found.var, [0.25, 0], rtol=1e-9)  # roundings of 1e4 in float64, many times
+
+    def test_nothing_is_nothing_in_floats(self):
+        empty = Moments(*np.zeros((3, 0)))
+        found = merge_numbered(empty, np.zeros(0, int), 2)
+        for field in found:
+            assert (field.dtype, field.tolist()) == (np.float64, [0, 0])
+
+    def test_beside_an_array_of_jax_it_is_one_of_jax(self):
+        host, device = Moments(*np.ones((3, 2))), Moments(*jnp.ones((3, 2)))
+        assert all(isinstance(field, np.ndarray) for field in merge(host, host, Moments(0, 0, 0)))
+        assert all(isinstance(field, jax.Array) for field in merge(host, device))
+
+    def test_trees(self):
+        tree = {"a": Moments(*np.ones((3, 2), np.float32))}
+        assert merge(tree, tree)["a"].mean.dtype == np.float64

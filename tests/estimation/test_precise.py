@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -178,3 +179,22 @@ def test_each_layer_communicates_a_fixed_number_of_times(devices):
     for depth in (1, 2, 3):
         ((_, inside),) = compiled((4,) * depth, X[:72], batch_size=24)
         assert inside == depth
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+def test_a_real_layer_beside_a_complex_one(method):
+    class Modulus(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            options = {"use_running_average": not train, "momentum": 0.0}
+            x = flaxbn.BatchNorm(**options, name="complex")(x)
+            return flaxbn.BatchNorm(**options, name="real")(jnp.abs(x))
+
+    rng = np.random.default_rng(0)
+    x = (rng.normal(2, 1, (32, 3)) + 1j * rng.normal(size=(32, 3))).astype(np.complex64)
+    variables = Modulus().init(jax.random.key(0), x)
+    found = flaxbn.estimate_population_stats(Modulus(), variables, x, batch_size=32, method=method)
+    expected, y = x.mean(0, dtype=np.complex128), x.astype(np.complex128)
+    y = np.abs((y - expected) / np.sqrt((np.abs(y - expected) ** 2).mean(0) + 1e-5))
+    np.testing.assert_allclose(found["complex"]["mean"], expected, rtol=1e-6)
+    assert_same_statistics(found["real"], {"mean": y.mean(0), "var": y.var(0)})

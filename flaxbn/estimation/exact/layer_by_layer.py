@@ -93,7 +93,10 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
     for call, keeps in enumerate(kept):
         entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
         moments, first_bad = _measure_everywhere(Stage(asked, shared, base, call, keeps), batches, entries, defaults)
-        mean, var = _replace_seen(*(a[entries - 1] for a in defaults), moments)
+        stored_mean, stored_var = (a[entries - 1] for a in defaults)
+        if not np.iscomplexobj(moments.mean):
+            stored_mean = stored_mean.real  # in one array with the means of complex layers it became complex
+        mean, var = _replace_seen(stored_mean, stored_var, moments)
         found.moments.append(moments)
         found.statistics.append((mean, var))
         found.first_bad.append(first_bad)
