@@ -48,7 +48,7 @@ __version__ = "0.1.0"
 _LOADED_WHEN_ASKED_FOR = ("diagnostics", "linen")
 _PUBLIC = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("flaxbn.")]
 for _name in _PUBLIC:
-    # So they print and are pickled, whatever room they are in; the price is that `inspect.getsource` of a class looks here.
+    # So they print and are pickled, whatever room they are in. The price: `inspect.getsource` looks for classes here.
     globals()[_name].__module__ = "flaxbn"
 del _name
 
