@@ -277,6 +277,11 @@ def kind_of(eqn: Any) -> str:
     return _KINDS[name]
 
 
+def is_inline(eqn: Any) -> bool:
+    """Whether the program inside an equation can stand for it."""
+    return _KINDS.get(eqn.primitive.name) == "inline"
+
+
 def tap_equations(jaxpr: Any) -> Iterator[Any]:
     """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
     for eqn in jaxpr.eqns:

@@ -19,6 +19,8 @@ from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.precise import Pass, _shapes
 from flaxbn.estimation.request import request
+from flaxbn.estimation.reuse import Compiled
+from flaxbn.tracing.flatten import unroll
 
 N = 200
 RNG = np.random.default_rng(0)
@@ -501,13 +503,13 @@ def lowered(step, batches, normalization_batch, model=NET, variables=VARIABLES):
     sharding = flaxbn.data_sharding()
     options = {"sharding": sharding, "normalization_batch": normalization_batch}
     asked = request(model, variables, call=None, sample_weight=None, only=None, rngs=None, **options)
-    source = Pass(asked.options, _shapes(asked, abstract(X, 24), None))
+    source, (closed,) = Compiled(Pass, asked.options).find(_shapes(asked, abstract(X, 24), None))
     if step:
-        args = (asked.variables, asked.rngs, jax.device_put(X[:24], sharding), None, 0)
+        args = (closed, asked.variables, asked.rngs, jax.device_put(X[:24], sharding), None, 0)
         buffer = room(jax.eval_shape(source.sharded_moments, *args), source.chunk)
         return source.step.lower(buffer, 0, *args).compile().as_text()
     steps = jax.device_put(X[strided_rows(24 * batches, 24)[0]], placement.by_step(sharding))
-    return source.scan.lower(asked.variables, asked.rngs, steps, None, None, 0).compile().as_text()
+    return source.scan.lower(closed, asked.variables, asked.rngs, steps, None, None, 0).compile().as_text()
 
 
 def test_devices_by_themselves_do_not_communicate_within_the_pass(devices):
@@ -537,8 +539,9 @@ def test_exact_calls_communicate_once_for_each_batch(devices):
     sharding = flaxbn.data_sharding()
     options = {"call": None, "sample_weight": None, "only": None, "rngs": None, "sharding": sharding}
     asked = request(NET, VARIABLES, normalization_batch="global", **options)
-    source = Segments(asked.options, shapes_of(asked.variables, abstract(X, 24), asked.rngs, present=None))
-    values, shared = {source.inputs[0]: jax.device_put(X[:24], sharding)}, source.shared(asked.variables)
+    shapes = shapes_of(asked.variables, abstract(X, 24), asked.rngs, present=None)
+    source, (closed,) = Compiled(Segments, asked.options, unroll).find(shapes)
+    values, shared = {source.inputs[0]: jax.device_put(X[:24], sharding)}, source.shared(closed, asked.variables)
     for segment in source.segments:
         given = [shared[v] for v in segment._shared]
         read = [values[v] for v in segment._read]
