@@ -18,7 +18,7 @@ from flaxbn.tracing.jaxpr import Hashed
 
 _PROGRAMS = 32  # compiled ones, each up to tens of MB for a deep model
 _SNAPSHOTS = 64  # more than one may lead to a program
-_CLOSED_BYTES = 2**22  # of the arrays that are held with a snapshot; what closes over more is traced again
+_CLOSED_BYTES = 2**20  # of the arrays that are held with a snapshot; what closes over more is traced again
 
 P = TypeVar("P")
 T = TypeVar("T")

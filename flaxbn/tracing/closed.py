@@ -7,13 +7,14 @@ import jax
 from jax.extend import core as jex
 
 from flaxbn.tracing.jaxpr import evaluate, interpret, opened, subjaxprs
-from flaxbn.tracing.program import Program, is_inline
+from flaxbn.tracing.program import Program, is_open
 
 
 def with_own_constants(program: Program, args: Sequence[Any]) -> Program:
-    """The program, with compiled functions inside opened where they hold arrays: these become its own constants.
+    """The program, with functions inside opened where they hold arrays: these become its own constants.
 
-    Arrays that are held inside of loops and branches, by a compiled function there, stay where they are.
+    Such functions are compiled ones, and those with rules of differentiation, which get lost. Arrays that functions
+    inside of loops and branches hold stay where they are.
 
     Args:
         program: the program.
@@ -43,7 +44,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Runs a program under a trace, which so records it with such functions opened."""
 
     def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
-        if is_inline(eqn) and any(map(_is_holding, subjaxprs(eqn))):
+        if is_open(eqn) and _is_holding(eqn):
             (inner,) = subjaxprs(eqn)
             return _run(opened(inner), getattr(inner, "consts", ()), values)
         return evaluate(eqn, values, jaxpr.debug_info)
@@ -52,8 +53,11 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 
 
 def _holds_arrays(jaxpr: Any) -> bool:
-    return any(is_inline(eqn) and any(map(_is_holding, subjaxprs(eqn))) for eqn in jaxpr.eqns)
+    return any(is_open(eqn) and _is_holding(eqn) for eqn in jaxpr.eqns)
 
 
-def _is_holding(inner: Any) -> bool:
-    return bool(getattr(inner, "consts", ())) or _holds_arrays(opened(inner))
+def _is_holding(eqn: Any) -> bool:
+    """Whether arrays are held by the program inside an equation, or by its rules, which close over what that takes."""
+    inner = subjaxprs(eqn)
+    by_rules = "call_jaxpr" in eqn.params and eqn.params.get("num_consts", 0) > 0
+    return by_rules or any(getattr(one, "consts", ()) or _holds_arrays(opened(one)) for one in inner)

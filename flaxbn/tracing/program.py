@@ -277,9 +277,9 @@ def kind_of(eqn: Any) -> str:
     return _KINDS[name]
 
 
-def is_inline(eqn: Any) -> bool:
-    """Whether the program inside an equation can stand for it."""
-    return _KINDS.get(eqn.primitive.name) == "inline"
+def is_open(eqn: Any) -> bool:
+    """Whether the program inside an equation can stand for it, where no gradient is taken."""
+    return _KINDS.get(eqn.primitive.name) in ("inline", "custom")
 
 
 def tap_equations(jaxpr: Any) -> Iterator[Any]:

@@ -251,19 +251,30 @@ def test_constants_in_the_memory_of_freed_ones(method):
         assert_first(estimate(method=method, call=lambda m, b, f=looped: m(f(b))), X.astype(np.float64) * (1 + i))
 
 
+def with_rule(times):
+    found = jax.custom_jvp(times)
+    found.defjvp(lambda primals, tangents: (times(primals[0]), times(tangents[0])))
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_neither_model_nor_arrays_are_held(method):
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit, jax.checkpoint, with_rule])
+def test_neither_model_nor_arrays_are_held(method, inside):
     class Config:
         pass
 
+    def times(array):
+        inner = inside(lambda b: b * array)
+        return lambda m, b: m(inner(b))
+
     config, array = Config(), jnp.full((1, 3), 2.0)
     config.array = array
-    model = Net((), [1.0, config])
-    estimate(model, method, call=closing_over(array))
-    held = [weakref.ref(a) for a in (config, array, model)]
-    del config, array, model
+    model, batches = Net((), [1.0, config]), X + 0
+    estimate(model, method, batches=batches, call=times(array))
+    held = [weakref.ref(a) for a in (config, array, model, batches)]
+    del config, array, model, batches
     gc.collect()
-    assert [ref() for ref in held] == [None] * 3
+    assert [ref() for ref in held] == [None] * 4
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,12 @@ from flaxbn.tracing.program import Program
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
+def with_rule(times):
+    found = jax.custom_jvp(times)
+    found.defjvp(lambda primals, tangents: (times(primals[0]), times(tangents[0])))
+    return found
+
+
 def closing_over(how, array):
     """A function of x that multiplies by an array, from some place in its program."""
 
@@ -23,12 +29,13 @@ def closing_over(how, array):
         "jit": jax.jit(times),
         "jit in jit": jax.jit(lambda x: jax.jit(times)(x) + 1),
         "remat": jax.checkpoint(times),
+        "custom_jvp": with_rule(times),
         "scan": lambda x: jax.lax.scan(lambda y, _: (times(y), None), x, length=2)[0],
         "cond": lambda x: jax.lax.cond(x[0, 0] == 0, times, jnp.sin, x),
     }[how]
 
 
-@pytest.mark.parametrize("how", ["itself", "jit", "jit in jit", "remat", "scan", "cond"])
+@pytest.mark.parametrize("how", ["itself", "jit", "jit in jit", "remat", "custom_jvp", "scan", "cond"])
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
 def test_another_array_can_be_given(how, kind):
     first, second = (kind(np.full((4, 3), c, np.float32)) for c in (2, 3))
