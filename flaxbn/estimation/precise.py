@@ -22,6 +22,7 @@ from flaxbn.estimation.request import Request, request
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.models.linen import Call
+from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
@@ -51,13 +52,20 @@ class Pass:
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
         self.step = jax.jit(self._step, donate_argnums=0)
-        self._moments_of_batch: list[Moments] | None = None
+        self._like: tuple[Hashable, list[Moments]] | None = None
 
-    def moments_like(self, *args: Any) -> list[Moments]:
-        """The moments of a batch as shapes and dtypes, from the arguments of `sharded_moments`."""
-        if self._moments_of_batch is None:
-            self._moments_of_batch = jax.eval_shape(self.sharded_moments, *args)
-        return self._moments_of_batch
+    def moments_like(self, *args: Any) -> tuple[Hashable, list[Moments]]:
+        """What a batch adds to a buffer, from the arguments of `sharded_moments`.
+
+        Returns:
+            A key, equal for passes whose moments are those of the same entries, in the same types; and the moments of
+            a batch as shapes and dtypes.
+        """
+        if self._like is None:
+            moments = jax.eval_shape(self.sharded_moments, *args)
+            types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
+            self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
+        return self._like
 
     def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
         weights = self.calls.sample_weights(closed, batch, present)
@@ -194,8 +202,7 @@ def _run_stream(asked: Request, data: Stream) -> list[Result]:
         batch, present = placed(batch, options.sharding)
         compiled, (closed,) = passes.find(_shapes(asked, batch, present))
         args = (closed, variables, rngs, batch, present, step)
-        moments = compiled.moments_like(*args)
-        key = _moments_key(compiled, moments)
+        key, moments = compiled.moments_like(*args)
         chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
         ahead.started(chunk.add(compiled, *args))
         if chunk.is_full:
@@ -205,12 +212,6 @@ def _run_stream(asked: Request, data: Stream) -> list[Result]:
         if len(chunks) > _OPEN:
             results.append(chunks.pop(next(iter(chunks))).merged())
     return results + [chunk.merged() for chunk in chunks.values()]
-
-
-def _moments_key(compiled: Pass, moments: list[Moments]) -> Hashable:
-    """Equal where the moments of batches are those of the same entries, in the same types."""
-    types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
-    return types, tuple(e.tobytes() for e in compiled.entries)
 
 
 def batch_moments(

@@ -8,6 +8,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import inspect
 import sys
 import types
 from collections import OrderedDict
@@ -21,12 +22,16 @@ from flax.core import FrozenDict
 
 from flaxbn.tracing.jaxpr import Same
 
-_LARGEST = 2**14  # bytes of an array: more take longer to hash than the rest, and would be held as long as the snapshot
+_BUDGET = 2**16  # bytes of a snapshot, which is held for as long as what is compiled
+_PART_BYTES = 16  # of each part, about; a snapshot of so many parts takes a few milliseconds
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, type(None)})
 _NOT_FIELDS = frozenset({"parent", "scope", "_parent_ref", "_id", "_state", "_compact_name_scope_modules"})
 """What a Flax module holds that says where it is used, and not what it does."""
 _IMPORTED = (types.FunctionType, types.BuiltinFunctionType, np.ufunc)
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax")
-"""Their functions read no globals that users change."""
+_LIBRARIES = frozenset({"jax", "jaxlib", "flax", "flaxbn", "optax", "numpy"}) | sys.stdlib_module_names
+"""Their functions read no globals that users change, and their modules stay as they are."""
+_NO_METHODS = frozenset({"__init__", "__post_init__", "__eq__", "__hash__", "__repr__"})
+"""Functions of a class that no model calls: what they do, fields show."""
 _COMPARED = (
     *(np.dtype, range, type(Ellipsis)),
     *(jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.PartitionSpec),
@@ -44,12 +49,14 @@ def snapshot(value: Any) -> Hashable:
     Frozen are numbers, strings, dtypes, enums, containers and small numpy arrays of these; modules, by type and all
     that they hold; dataclasses and plain objects that are not callable; functions that can be imported under their own
     name; other functions by their code, with all that they close over and the globals that they read; and partials.
+    Classes that cannot be imported are so by their methods.
 
-    Not seen are attributes of classes, and what importable functions read: globals, and what they close over.
+    Not seen are attributes of classes, and what importable functions and classes read: globals, and what they close
+    over.
 
     Raises:
-        NotFrozenError: if something else is among it: callable objects, bound methods, arrays of jax or large ones,
-            iterators, cycles; or if an interceptor of Flax is active, which may do anything.
+        NotFrozenError: if something else is among it: callable objects, bound methods, bound modules, arrays of jax,
+            iterators, cycles, more than 64 kB; or if an interceptor of Flax is active, which may do anything.
     """
     # Flax has no public way to ask: an interceptor of one's own is called behind all others.
     if nn.module._global_interceptor_stack:
@@ -63,42 +70,65 @@ class _Snapshot:
     def __init__(self) -> None:
         self._modules: dict[int, int] = {}
         self._around: set[int] = set()
+        self._left = _BUDGET
 
     def of(self, value: Any) -> Hashable:
         kind = type(value)
-        if value is None or kind in (bool, int, str, bytes):
+        self._spend(_PART_BYTES)
+        if value is None or kind in (bool, int):
             return kind, value
-        if isinstance(value, type | types.ModuleType | enum.Enum) or _is_imported(value):
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, enum.Enum) or _is_imported(value):
             return Same(value)
-        if isinstance(value, float | complex | np.generic):
+        if kind in (str, bytes, float, complex) or isinstance(value, np.generic | np.ndarray):
             return self._number(value)
         if isinstance(value, _COMPARED):
             return kind, value
-        if isinstance(value, np.ndarray):
-            return self._array(value)
         if id(value) in self._around:
             raise NotFrozenError("a cycle")
         self._around.add(id(value))
-        found = kind, self._parts(value)
+        found = self._class(kind), self._parts(value)
         self._around.remove(id(value))
         return found
 
-    def _number(self, value: Any) -> Hashable:
-        if isinstance(value, np.generic):
-            if value.dtype.hasobject:
-                raise NotFrozenError(f"an array of {value.dtype}")
-            return type(value), value.dtype, value.tobytes()
-        return type(value), repr(value)  # tells zeros by their sign, and NaN equals itself
+    def _spend(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise NotFrozenError(f"more than {_BUDGET} bytes")
 
-    def _array(self, value: np.ndarray) -> Hashable:
-        if type(value) is not np.ndarray or value.dtype.hasobject or value.nbytes > _LARGEST:
-            raise NotFrozenError(f"a {type(value).__name__} of {value.nbytes} bytes of {value.dtype}")
-        return value.shape, value.dtype, value.tobytes()
+    def _number(self, value: Any) -> Hashable:
+        """Text, and numbers of Python and numpy."""
+        kind = type(value)
+        if isinstance(value, str | bytes):
+            self._spend(len(value))
+            return kind, value
+        if isinstance(value, float | complex) and not isinstance(value, np.generic):
+            return kind, repr(value)  # tells zeros by their sign, and NaN equals itself
+        if value.dtype.hasobject or (isinstance(value, np.ndarray) and kind is not np.ndarray):
+            raise NotFrozenError(f"a {kind.__name__} of {value.dtype}")
+        self._spend(value.nbytes)
+        return kind, value.shape, value.dtype, value.tobytes()
+
+    def _class(self, kind: type) -> Hashable:
+        """A class by identity; one that cannot be imported may have methods that close over something."""
+        if kind in _PLAIN or _is_found(kind) or id(kind) in self._around:
+            return Same(kind)
+        self._around.add(id(kind))
+        own = [one for one in kind.__mro__ if not _is_found(one)]
+        functions = [
+            f for one in own for name, held in vars(one).items() if name not in _NO_METHODS for f in _code(held)
+        ]
+        found = Same(kind), tuple([self._function(f) for f in functions])
+        self._around.remove(id(kind))
+        return found
 
     def _parts(self, value: Any) -> Hashable:
         """What an object holds of other ones."""
         if isinstance(value, nn.Module):
             return self._module(value)
+        if isinstance(value, types.ModuleType):
+            return self._library(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, functools.partial):
@@ -128,10 +158,17 @@ class _Snapshot:
 
     def _module(self, value: nn.Module) -> Hashable:
         """All fields, and what else was put into it; whose parts are one module matters, since these share weights."""
+        if vars(value).get("scope") is not None:
+            raise NotFrozenError("a module that is bound to variables")
         if id(value) in self._modules:
             return self._modules[id(value)]
         self._modules[id(value)] = len(self._modules)
         return tuple([(name, self.of(held)) for name, held in vars(value).items() if name not in _NOT_FIELDS])
+
+    def _library(self, value: types.ModuleType) -> Hashable:
+        if not _is_library(value.__name__):
+            raise NotFrozenError(f"the module {value.__name__}, whose variables may change")
+        return Same(value)
 
     def _function(self, value: types.FunctionType) -> Hashable:
         try:
@@ -139,11 +176,11 @@ class _Snapshot:
         except ValueError:
             raise NotFrozenError("a function that closes over what is not defined yet") from None
         around = value.__globals__
-        is_library = str(around.get("__name__")).partition(".")[0] in _LIBRARIES
-        names = () if is_library else _global_names(value.__code__)
-        read = [around[name] for name in names if name in around]
+        home = str(around.get("__name__"))
+        names = () if _is_library(home) else _global_names(value.__code__)
+        read = {name: around[name] for name in names if name in around}
         parts = (cells, read, value.__defaults__, value.__kwdefaults__, vars(value))
-        return value.__code__, Same(around), self._all(parts)
+        return value.__code__, home, self._all(parts)
 
     def _object(self, value: Any) -> Hashable:
         if dataclasses.is_dataclass(value):
@@ -169,17 +206,33 @@ def _is_plain(kind: type, base: type) -> bool:
     return not larger and all("__module__" in vars(one) and not vars(one).get("__slots__") for one in derived)
 
 
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARIES
+
+
 def _is_imported(value: Any) -> bool:
-    """Whether a function is what its module and name say, so that it is the same one wherever it is imported."""
-    if not isinstance(value, _IMPORTED) and type(value).__module__.partition(".")[0] not in _LIBRARIES:
-        return False
+    """Whether it is a function that can be imported, of Python, numpy or jax: objects of users may hold fields."""
+    is_function = isinstance(value, _IMPORTED) or type(value).__module__.partition(".")[0] in ("jax", "jaxlib")
+    return is_function and callable(value) and _is_found(value)
+
+
+def _is_found(value: Any) -> bool:
+    """Whether a function or class is what its module and name say, so that it is the same one wherever it is used."""
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
-    if not callable(value) or not isinstance(name, str) or found is None:
+    if not isinstance(name, str) or found is None:
         return False
     for part in name.split("."):
         found = getattr(found, part, None)
     return found is value
+
+
+def _code(held: Any) -> list[types.FunctionType]:
+    """The functions behind an attribute of a class, without what Flax wraps around them."""
+    if isinstance(held, property):
+        return [f for accessor in (held.fget, held.fset) for f in _code(accessor)]
+    found = inspect.unwrap(getattr(held, "__func__", held)) if callable(held) or hasattr(held, "__func__") else None
+    return [found] if isinstance(found, types.FunctionType) else []
 
 
 @functools.lru_cache(maxsize=1024)

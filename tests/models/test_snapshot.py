@@ -13,6 +13,7 @@ import types
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 import pytest
@@ -228,7 +229,25 @@ def derived_array():
     return np.ma.masked_array([1.0], [True])
 
 
+def method_closing_over(value):
+    class Local(nn.Module):
+        def __call__(self, x):
+            return x * value
+
+        @property
+        def same(self):
+            return value
+
+    return Local()
+
+
 UNKNOWN = {
+    "bound module": lambda: nn.Dense(3).bind({}),
+    "long text": lambda: "text" * 20_000,
+    "many parts": lambda: [[i] for i in range(10_000)],
+    "module of Python": lambda: models,
+    "method that closes over a jax array": lambda: method_closing_over(jnp.ones(2)),
+    "class with a method that closes over a jax array": lambda: type(method_closing_over(jnp.ones(2))),
     "callable object": Called,
     "bound method": lambda: Plain().method,
     "bound method of a builtin": lambda: [].append,
@@ -276,6 +295,15 @@ def test_a_change_in_place_is_seen(value):
     else:
         getattr(value, "append", getattr(value, "add", None))(2)
     assert all(snapshot(holder) != old for holder, old in zip(holders, before))
+
+
+def test_what_a_method_of_a_local_class_closes_over_counts():
+    value = [1.0]
+    model = method_closing_over(value)
+    before = snapshot(model)
+    assert snapshot(model) == before
+    value.append(2.0)
+    assert snapshot(model) != before
 
 
 def test_what_was_put_into_a_module_counts():
