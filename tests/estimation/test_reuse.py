@@ -183,6 +183,21 @@ def test_weights_that_close_over_an_array(caplog, method):
         np.testing.assert_allclose(found[0]["first"]["mean"], np.average(X, 0, w), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_large_arrays_that_a_call_makes(caplog, method):
+    """They are not kept with what is compiled: they are made again, and nothing is compiled."""
+
+    def shifted():
+        return lambda m, b: m(b + jnp.sum(jnp.asarray(np.ones((2**19,), np.float32)) / 2**19))
+
+    for i in range(2):
+        found = []
+        with compilations(caplog) as names:
+            found.append(estimate(method=method, call=shifted()))
+        assert_first(found[0], X + 1)
+        assert i == 0 or not names
+
+
 def test_arrays_of_a_closure_lie_anywhere(devices):
     """In a compiled function they go wherever it runs."""
     array = jax.device_put(np.full((1, 3), 2.0, np.float32), devices[1])
