@@ -28,6 +28,7 @@ from flaxbn.data.placement import by_step
 from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.precise import Pass
 from flaxbn.estimation.request import request
+from flaxbn.estimation.reuse import Compiled
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 ARRAY = re.compile(r"(f64|f32|s64|s32|u32|bf16|f16|pred|u8|s8)\[([\d,]*)\]")
@@ -60,9 +61,10 @@ def compiled(name: str, batches: int, per_device: int, normalization_batch: str)
     asked = request(model, variables, sharding=sharding, normalization_batch=normalization_batch, **options)
     together = per_device if normalization_batch == "device" else size
     batch = jax.ShapeDtypeStruct((together, *shape), np.float32)
-    source = Pass(asked.options, shapes_of(asked.variables, batch, asked.rngs, present=None))
+    shapes = shapes_of(asked.variables, batch, asked.rngs, present=None)
+    source, (closed,) = Compiled(Pass, asked.options).find(shapes)
     images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.options.sharding))
-    return source.scan.lower(asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
+    return source.scan.lower(closed, asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
 
 
 def count(name: str, normalization_batch: str) -> dict[str, Any]:

@@ -1,39 +1,72 @@
 """The calls of the layers to estimate in a traced model, and the weights of samples there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.batches import count_samples
+from flaxbn.data.placement import place
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
 from flaxbn.models.entries import entries_read
 from flaxbn.models.linen import check_layers, trace
-from flaxbn.tracing.measure import check_values
+from flaxbn.tracing.closed import as_arguments, with_own_constants
+from flaxbn.tracing.jaxpr import structure
+from flaxbn.tracing.measure import check_values, stored_statistics
 from flaxbn.tracing.primitive import Tap
 from flaxbn.tracing.program import Program
 
+Form = Callable[[Program, Sequence[Any]], Program]
+"""Brings a traced model into another form, given its abstract arguments."""
 
-class LayerCalls(NamedTuple):
-    """The taps of a program that belong to the wanted layers.
+
+class Closed(NamedTuple):
+    """The arrays that functions of the user close over: arguments of what is compiled, which does not hold them.
 
     Attributes:
-        program: the traced evaluation; its arguments are the leaves of (variables, batch, rngs).
+        model: those of the model and `call`.
+        weights: those of `sample_weight`.
+    """
+
+    model: list[Array]
+    weights: list[Array]
+
+
+class LayerCalls(NamedTuple):
+    """The taps of a program that belong to the wanted layers: all that a pass is made from, without the model.
+
+    Attributes:
+        program: the traced evaluation; its arguments are the arrays that it closes over, then the leaves of
+            (variables, batch, rngs).
+        arguments: how many of each of these four there are.
         entries: for each such tap, by its site, the numbers of the stored entries that it reads.
         is_complex: for each of them, whether its input is complex, and its mean so, too.
         batch_axes: the axis of the tap's input along which the samples lie, where weights are in use.
+        samples: how many a batch has, padding included.
         present: how many samples are no padding, where there is padding.
+        weigh: the traced `sample_weight`; its arguments are the arrays that it closes over, then the batch's leaves.
     """
 
     program: Program
+    arguments: tuple[int, ...]
     entries: dict[int, np.ndarray]
     is_complex: list[bool]
     batch_axes: dict[int, int]
+    samples: int
     present: int | None
+    weigh: Program | None
+
+    def key(self) -> Hashable:
+        """Equal for calls from which equal passes are made."""
+        programs = [self.program.jaxpr, *([] if self.weigh is None else [self.weigh.jaxpr])]
+        entries = tuple([(site, e.shape, e.tobytes()) for site, e in self.entries.items()])
+        traced = tuple([structure(jaxpr.invars, jaxpr.eqns, jaxpr.outvars) for jaxpr in programs])
+        return traced, self.arguments, entries, tuple(self.batch_axes.items()), self.samples, self.present
 
     def check_values(self, tap: Tap) -> None:
         """A single value per channel, padding left out, is an error."""
@@ -41,6 +74,13 @@ class LayerCalls(NamedTuple):
         if self.present is not None:
             shape[self.batch_axes[tap.site]] = self.present
         check_values(tap, tuple(shape))
+
+    def sample_weights(self, closed: Closed, batch: Any, present: Any) -> Array | None:
+        """The weights of a batch's samples, those of padding 0; None where there are none."""
+        if self.weigh is None:
+            return None if present is None else present.astype(jnp.float32)
+        (weights,), _ = self.weigh.run([*closed.weights, *jax.tree.leaves(batch)], stored_statistics)
+        return weights if present is None else jnp.where(present, weights, 0)
 
     def weights(self, tap: Tap, weights: Array | None) -> Array | None:
         """The weights of samples, shaped to the rank of the tap's input."""
@@ -50,16 +90,21 @@ class LayerCalls(NamedTuple):
         return jnp.expand_dims(weights, [i for i in range(tap.x.ndim) if i != axis])
 
 
-def find_calls(
-    options: PassOptions, shapes: Shapes, form: Callable[[Program, Any], Program] = lambda program, args: program
-) -> LayerCalls:
-    """Traces the model; `form` may bring the program into another form, given its abstract arguments."""
+def as_traced(program: Program, args: Sequence[Any]) -> Program:
+    """The form in which a model is traced."""
+    del args
+    return program
+
+
+def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerCalls, Closed]:
+    """Traces the model and `sample_weight`, which are not held by what is returned."""
 
     def traced(arguments: Any) -> Program:
         variables, batch, rngs = arguments
-        program, _ = trace(options.key.model, variables, batch, options.call, rngs)
-        check_layers(program, options.key.model)
-        return form(program, jax.tree.leaves(arguments))
+        program, _ = trace(options.model, variables, batch, options.call, rngs)
+        check_layers(program, options.model)
+        leaves = jax.tree.leaves(arguments)
+        return form(with_own_constants(program, leaves), leaves)
 
     arguments = variables, batch, rngs = shapes.abstract()
     program = traced(arguments)
@@ -73,18 +118,36 @@ def find_calls(
         axes = {i: _batch_axis(program, longer, i, count_samples(batch)) for i in found}
     inputs = program.tap_inputs()
     is_complex = [bool(jnp.issubdtype(inputs[site].dtype, jnp.complexfloating)) for site in found]
-    return LayerCalls(program, found, is_complex, axes, shapes.present)
+    program, closed = as_arguments(program)
+    weigh, closed_by_weights = _trace_weights(options.sample_weight, batch)
+    counts = (len(closed), *(len(jax.tree.leaves(tree)) for tree in arguments))
+    calls = LayerCalls(program, counts, found, is_complex, axes, count_samples(batch), shapes.present, weigh)
+    return calls, Closed(*(_placed(arrays, options.sharding) for arrays in (closed, closed_by_weights)))
 
 
-def sample_weights(options: PassOptions, batch: Any, present: Any) -> Array | None:
-    """The weights of a batch's samples, those of padding 0; None where there are none."""
-    if options.sample_weight is None:
-        return None if present is None else present.astype(jnp.float32)
-    weights = jnp.asarray(options.sample_weight(batch))
-    size = count_samples(batch)
+def _trace_weights(sample_weight: Any, batch: Any) -> tuple[Program | None, list[Any]]:
+    """`sample_weight` as a program, and the arrays that it closes over."""
+    if sample_weight is None:
+        return None, []
+    closed = jax.make_jaxpr(lambda batch: jnp.asarray(sample_weight(batch)))(batch)
+    (weights,), size = closed.out_avals, count_samples(batch)
     if weights.shape != (size,):
         raise ValueError(f"`sample_weight` must return one weight per sample, shape ({size},): got {weights.shape}.")
-    return weights if present is None else jnp.where(present, weights, 0)
+    program = with_own_constants(Program(closed.jaxpr, closed.consts), jax.tree.leaves(batch))
+    return as_arguments(program)
+
+
+def _placed(closed: Sequence[Any], sharding: NamedSharding | None) -> list[Array]:
+    """Closed-over arrays where the pass can take them: in a compiled function they would lie wherever that runs."""
+    arrays = [jnp.asarray(a) for a in closed]
+    if sharding is not None:
+        return place(arrays, sharding)
+
+    def is_bound(a: Array) -> bool:
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        return getattr(a, "committed", False) and len(a.devices()) == 1 and not is_key
+
+    return [jnp.asarray(np.asarray(a)) if is_bound(a) else a for a in arrays]
 
 
 def _batch_axis(program: Program, longer: Program, site: int, size: int) -> int:

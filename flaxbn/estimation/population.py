@@ -65,9 +65,14 @@ def estimate_population_stats(
     once for each call of a layer. Where one process raises, all do.
 
     Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
-    which counts as plain batch normalization. The compiled pass is reused where the model, `call`, `sample_weight`, the
-    layers that `only` accepts and all shapes are the same: keep the functions at module level. Methods, and models that
-    cannot be hashed, are traced in each call, since what they hold may have changed.
+    which counts as plain batch normalization.
+
+    What is compiled is used again where the model, `call`, `sample_weight`, the layers that `only` accepts and all
+    shapes are the same by value: with lists and configuration objects in fields, partials, and lambdas written anew.
+    What may change unseen (callable objects, bound methods, arrays of jax and large ones, iterators; everything while
+    an interceptor of Flax is active) is traced in each call, and compiled only where the traced program is another one:
+    with another Python number in a closure it is, with another array of the same shape it is not. Globals that
+    functions at module level read, and attributes of classes, must not change, as for `jax.jit`.
 
     Args:
         model: the model.

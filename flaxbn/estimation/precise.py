@@ -1,7 +1,7 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,50 +14,66 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, merge_along
 from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
 from flaxbn.data.placement import by_step, padding, placed, shards, split_axes
-from flaxbn.estimation.calls import find_calls, sample_weights
+from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
-from flaxbn.estimation.compiled import Compiled, PassOptions, Shapes, shapes_of
+from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
 from flaxbn.estimation.request import Request, request
+from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.models.linen import Call
+from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
 _AHEAD = 2  # batches of a stream: one is computed while the next is read
+_OPEN = 4  # buffers of a stream, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
 
 
 class Pass:
     """The compiled pass over batches of one shape.
 
     Attributes:
-        options: what it is compiled for.
+        layout: how the batches lie.
         calls: the calls of the wanted layers in the traced model.
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
-        scan: `(variables, rngs, batches, places, present, first)`: the merged moments of batches along a leading axis
-            or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
-        step: `(buffer, slot, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's buffer.
-        merge: merges such a buffer.
+        scan: `(closed, variables, rngs, batches, places, present, first)`: the merged moments of batches along a
+            leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
+        step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
+            buffer.
     """
 
-    def __init__(self, options: PassOptions, shapes: Shapes) -> None:
-        self.options = options
-        self.calls = find_calls(options, shapes)
+    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
+        (self.calls,) = calls
+        self.layout = layout
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.merge = jax.jit(self._merge)
+        self._like: tuple[Hashable, list[Moments]] | None = None
 
     def pending(self, steps: Sequence[int], packed: list[Array]) -> Pending:
         """What `scan` or `merge` gives for batches of these numbers."""
         return Pending(self.entries, steps, packed, self.calls.is_complex)
 
-    def _moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
-        weights = sample_weights(self.options, batch, present)
+    def moments_like(self, *args: Any) -> tuple[Hashable, list[Moments]]:
+        """What a batch adds to a buffer, from the arguments of `sharded_moments`.
+
+        Returns:
+            A key, equal for passes whose moments are those of the same entries, in the same types; and the moments of
+            a batch as shapes and dtypes.
+        """
+        if self._like is None:
+            moments = jax.eval_shape(self.sharded_moments, *args)
+            types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
+            self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
+        return self._like
+
+    def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
+        weights = self.calls.sample_weights(closed, batch, present)
         rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
-        leaves = jax.tree.leaves((variables, batch, rngs))
+        leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
         on_tap = functools.partial(self._on_tap, count_samples(batch), weights)
         _, records = self.calls.program.run(leaves, on_tap)
         return [record for record in records if record is not None]
@@ -66,51 +82,56 @@ class Pass:
         if tap.site not in self.calls.entries:
             return stored_statistics(tap)
         self.calls.check_values(tap)
-        sharding = None if self.options.by_device else self.options.sharding
+        sharding = None if self.layout.by_device else self.layout.sharding
         return batch_statistics(tap, measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding))
 
-    def sharded_moments(self, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
+    def sharded_moments(
+        self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
+    ) -> list[Moments]:
         """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
-        sharding = self.options.sharding
-        if not self.options.by_device or sharding is None:
-            return self._moments(variables, rngs, batch, present, step)
+        sharding = self.layout.sharding
+        if not self.layout.by_device or sharding is None:
+            return self._moments(closed, variables, rngs, batch, present, step)
         axes = split_axes(sharding)
 
-        def on_device(variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
+        def on_device(closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
-            moments = self._moments(variables, rngs, batch, present, step)
+            moments = self._moments(closed, variables, rngs, batch, present, step)
             return jax.tree.map(lambda a: a[None], moments)
 
         whole, split = PartitionSpec(), PartitionSpec(axes)
-        specs = (whole, whole, split, split, whole)
+        specs = (whole, whole, whole, split, split, whole)
         spread = jax.shard_map(
             on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
         )
-        return spread(variables, rngs, batch, present, step)
+        return spread(closed, variables, rngs, batch, present, step)
 
     def _scan(
-        self, variables: Any, rngs: Any, batches: Any, rows: Array | None, present: Any, first: Any
+        self, closed: Closed, variables: Any, rngs: Any, batches: Any, rows: Array | None, present: Any, first: Any
     ) -> list[Array]:
         def step(k: Array, batch: Any) -> tuple[Array, list[Moments]]:
             if rows is not None:
                 batch = jax.tree.map(lambda a: jnp.take(a, batch, axis=0), batches)
-            return k + 1, self.sharded_moments(variables, rngs, batch, present, k)
+            return k + 1, self.sharded_moments(closed, variables, rngs, batch, present, k)
 
         _, steps = jax.lax.scan(step, first, batches if rows is None else rows)
-        return self._merge(steps)
+        return _merge(steps, by_device=self.layout.by_device)
 
-    def _step(
-        self, buffer: list[Moments], slot: Any, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
-    ) -> tuple[list[Moments], Array]:
-        moments = self.sharded_moments(variables, rngs, batch, present, step)
-        return put(buffer, slot, moments), step + 1
+    def _step(self, buffer: list[Moments], slot: Any, closed: Closed, *args: Any) -> tuple[list[Moments], Array]:
+        *_, step = args
+        return put(buffer, slot, self.sharded_moments(closed, *args)), step + 1
 
-    def _merge(self, steps: list[Moments]) -> list[Array]:
-        if not self.options.by_device:
-            return pack(*merge_steps(steps))
-        moments, bad = jax.vmap(merge_steps, in_axes=1)(steps)
-        first = jnp.min(jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad), 0)
-        return pack([merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first))
+
+def _merge(steps: list[Moments], *, by_device: bool) -> list[Array]:
+    """For each call the moments along the leading axis merged, and where the first ones lie that are not finite."""
+    if not by_device:
+        return pack(*merge_steps(steps))
+    moments, bad = jax.vmap(merge_steps, in_axes=1)(steps)
+    first = jnp.min(jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad), 0)
+    return pack([merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first))
+
+
+_merge_buffer = jax.jit(_merge, static_argnames="by_device")
 
 
 def precise_pass(asked: Request, data: Arrays | Stream) -> list[Pending]:
@@ -127,14 +148,15 @@ def _scan_arrays(asked: Request, data: Arrays) -> list[Pending]:
         present = padding(places.shape[1], shards(options.sharding))
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
-        compiled = passes[_shapes(asked, abstract(data.arrays, places.shape[1]), present)]
+        compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
         for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
             # Without a sharding samples are gathered inside the scan; with one each batch is laid out beforehand.
             given: tuple[Any, Any] = (arrays, chunk)
             if options.sharding is not None:
                 given = jax.device_put(data.take(chunk), by_step(options.sharding)), None
             steps = range(first, first + len(chunk))
-            results.append(compiled.pending(steps, compiled.scan(variables, rngs, *given, present, first)))
+            packed = compiled.scan(closed, variables, rngs, *given, present, first)
+            results.append(compiled.pending(steps, packed))
             first += len(chunk)
     return results
 
@@ -150,42 +172,47 @@ def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
 
 
 class _Chunk:
-    """Batches of one shape whose moments are not merged yet."""
+    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
 
-    def __init__(self, compiled: Pass, *args: Any) -> None:
-        self.compiled = compiled
+    def __init__(self, like: Pass, moments: list[Moments]) -> None:
         self.steps: list[int] = []
-        self._buffer = room(jax.eval_shape(compiled.sharded_moments, *args), compiled.chunk)
+        self._like = like
+        self._buffer = room(moments, like.chunk)
 
-    def add(self, step: int, *args: Any) -> Any:
+    def add(self, compiled: Pass, *args: Any) -> Any:
         """Takes one batch more; returns a token, which is ready when it is done."""
-        self._buffer, done = self.compiled.step(self._buffer, len(self.steps), *args, step)
-        self.steps.append(step)
+        self._buffer, done = compiled.step(self._buffer, len(self.steps), *args)
+        self.steps.append(args[-1])
         return done
 
     @property
     def is_full(self) -> bool:
-        return len(self.steps) == self.compiled.chunk
+        return len(self.steps) == self._like.chunk
 
     def merged(self) -> Pending:
-        return self.compiled.pending(self.steps, self.compiled.merge(self._buffer))
+        return self._like.pending(self.steps, _merge_buffer(self._buffer, by_device=self._like.layout.by_device))
 
 
 def _run_stream(asked: Request, data: Stream) -> list[Pending]:
+    """However many shapes there are, few buffers are open: the one that was used longest ago is merged."""
     options, variables, rngs = asked[:3]
     passes = Compiled(Pass, options)
     results: list[Pending] = []
-    chunks: dict[Pass, _Chunk] = {}
+    chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
     ahead = Ahead(_AHEAD)
     for step, batch in enumerate(data):
         batch, present = placed(batch, options.sharding)
-        compiled = passes[_shapes(asked, batch, present)]
-        args = (variables, rngs, batch, present)
-        if compiled not in chunks:
-            chunks[compiled] = _Chunk(compiled, *args, step)
-        ahead.started(chunks[compiled].add(step, *args))
-        if chunks[compiled].is_full:
-            results.append(chunks.pop(compiled).merged())
+        compiled, (closed,) = passes.find(_shapes(asked, batch, present))
+        args = (closed, variables, rngs, batch, present, step)
+        key, moments = compiled.moments_like(*args)
+        chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
+        ahead.started(chunk.add(compiled, *args))
+        if chunk.is_full:
+            results.append(chunk.merged())
+        else:
+            chunks[key] = chunk
+        if len(chunks) > _OPEN:
+            results.append(chunks.pop(next(iter(chunks))).merged())
     return results + [chunk.merged() for chunk in chunks.values()]
 
 
@@ -205,7 +232,7 @@ def batch_moments(
     asked = request(model, variables, call=call, only=only, **options)  # type: ignore[arg-type]
     passes = Compiled(Pass, asked.options)
     for step, batch in enumerate(batches):
-        source = passes[shapes_of(asked.variables, abstract(batch), asked.rngs, present=None)]
+        source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
-        found = source.pending([step], source.scan(asked.variables, asked.rngs, one, None, None, step))
+        found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, None, step))
         yield checked_tree(merged_by_layer(fetched([found]), asked.layers), asked.wanted, keep_unseen=True)

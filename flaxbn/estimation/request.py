@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.placement import on_device, place, with_auto_axes
-from flaxbn.estimation.compiled import Key, PassOptions
+from flaxbn.estimation.compiled import PassOptions
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import check_concrete, check_model
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
@@ -55,7 +55,7 @@ def request(
     by_device = _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
-        key=Key(model),
+        model=model,
         call=call,
         sample_weight=sample_weight,
         wanted=frozenset(wanted.entries),

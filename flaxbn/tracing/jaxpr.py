@@ -4,12 +4,34 @@ A jaxpr is a list of equations: each reads values of variables, and literals, an
 knows of taps; what differs between versions of jax is asked of jax itself, or avoided.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_POLICIES = tuple((name, "policy") for name in ("checkpoint", "remat", "remat2"))
+_DIGEST_BYTES = 32  # no two arrays have the same digest of 256 bits
+
+
+class Same:
+    """An object as a key by its identity; it is held, so that no other one takes its place in memory."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
 
 
 def as_function(eqns: Sequence[Any], invars: list[Any], outvars: list[Any], debug_info: Any) -> Callable[..., Any]:
@@ -85,14 +107,15 @@ def is_variable(v: Any) -> bool:
 def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
     """What two runs of equations have in common that compute the same function, whatever their variables are called.
 
-    Variables are numbered in the order in which they are defined; literals count by value, parameters by `as_key`.
+    Variables are numbered in the order in which they are defined; literals count by value, parameters by `as_key`. Its
+    hash is that of a deep tuple: to be taken once, by `Hashed`.
     """
     numbers: dict[Any, int] = {}
 
     def operand(v: Any) -> Hashable:
         if is_variable(v):
             return numbers[v]
-        return np.asarray(v.val).tobytes(), v.aval
+        return _bytes(v.val), v.aval
 
     def define(variables: Sequence[Any]) -> Hashable:
         numbers.update({v: len(numbers) + i for i, v in enumerate(variables)})
@@ -109,11 +132,12 @@ def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]
 def as_key(value: Any) -> Hashable:
     """A parameter of an equation by value where it can be, and by identity where it cannot.
 
-    Numbers count by what they print as, with their type: 0.0 and -0.0 are equal, and make different programs.
+    Numbers count by what they print as, with their type: 0.0 and -0.0 are equal, and make different programs. Arrays
+    that a program inside an equation holds count by what they hold.
     """
     jaxpr = opened(value)
     if hasattr(jaxpr, "eqns"):
-        consts = tuple(map(id, getattr(value, "consts", ())))
+        consts = tuple([(_bytes(c), jax.typeof(c)) for c in getattr(value, "consts", ())])
         return consts, structure((*jaxpr.constvars, *jaxpr.invars), jaxpr.eqns, jaxpr.outvars)
     if isinstance(value, tuple | list):
         return type(value), tuple(map(as_key, value))
@@ -122,9 +146,33 @@ def as_key(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        return id(value)
+        return Same(value)
     is_number = isinstance(value, float | complex | np.generic)  # 0.0 == -0.0
     return type(value), repr(value) if is_number else value
+
+
+class Hashed:
+    """A large key that is hashed once, and compared with itself at once."""
+
+    __slots__ = ("_hash", "_key")
+
+    def __init__(self, key: Hashable) -> None:
+        self._key = key
+        self._hash = hash(key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hashed) and (self is other or (self._hash == other._hash and self._key == other._key))
+
+
+def _bytes(array: Any) -> bytes:
+    """What an array holds: where that is long a digest of it."""
+    if jnp.issubdtype(jax.typeof(array).dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    held = np.asarray(array).tobytes()
+    return held if len(held) <= _DIGEST_BYTES else hashlib.blake2b(held, digest_size=_DIGEST_BYTES).digest()
 
 
 def _read(env: Mapping[Any, Any], v: Any) -> Any:
@@ -132,9 +180,10 @@ def _read(env: Mapping[Any, Any], v: Any) -> Any:
 
 
 def _parameters(eqn: Any) -> Hashable:
-    """The parameters that decide the value of an equation; the rules of its differentiation do not."""
-    is_custom = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-    return as_key({name: p for name, p in eqn.params.items() if not is_custom or hasattr(opened(p), "eqns")})
+    """The parameters that decide the value of an equation; what its differentiation keeps or follows does not."""
+    if eqn.primitive.name in _CUSTOM_RULES:
+        return as_key({name: p for name, p in eqn.params.items() if hasattr(opened(p), "eqns")})
+    return as_key({name: p for name, p in eqn.params.items() if (eqn.primitive.name, name) not in _POLICIES})
 
 
 def operations(eqn: Any) -> float:

@@ -282,6 +282,11 @@ def can_be_opened(eqn: Any) -> bool:
     return eqn.primitive.name in _KINDS
 
 
+def is_open(eqn: Any) -> bool:
+    """Whether the program inside an equation can stand for it, where no gradient is taken."""
+    return _KINDS.get(eqn.primitive.name) in ("inline", "custom")
+
+
 def tap_equations(jaxpr: Any) -> Iterator[Any]:
     """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
     for eqn in jaxpr.eqns:

@@ -206,18 +206,21 @@ def test_each_batch_gets_random_keys_of_its_own():
     chex.assert_trees_all_equal(moments, again)
 
 
+TRACES = []
+
+
+def counted(module, x):
+    TRACES.append(x.shape)
+    return module(x)
+
+
 def test_compiled_passes_are_reused():
-    traces = []
-
-    def call(module, x):
-        traces.append(x.shape)
-        return module(x)
-
+    TRACES.clear()
     for scale in (1.0, 2.0):
         variables = jax.tree.map(lambda a, s=scale: a * s, VARIABLES)
-        flaxbn.estimate_population_stats(ConvNet(), variables, X[:96], batch_size=32, call=call)
-        flaxbn.estimate_population_stats(ConvNet(), variables, [X[:32], X[32:64]], call=call)
-    assert traces == [(32, 5, 5, 2)]
+        flaxbn.estimate_population_stats(ConvNet(), variables, X[:96], batch_size=32, call=counted)
+        flaxbn.estimate_population_stats(ConvNet(), variables, [X[:32], X[32:64]], call=counted)
+    assert TRACES == [(32, 5, 5, 2)]
 
 
 def test_models_that_cannot_be_hashed():

@@ -89,11 +89,38 @@ def test_constants_inside_a_function_are_told_apart(rule):
     assert keys[0] != keys[1] or (first.consts and second.consts)
 
 
-def test_constants_of_a_closed_program_are_compared_by_identity():
-    traced = [jax.make_jaxpr(lambda x, a=a: x * a)(X) for a in (jnp.full((4, 3), 2.0), jnp.full((4, 3), 3.0))]
-    assert all(closed.consts for closed in traced)
-    assert as_key(traced[0]) != as_key(traced[1])
-    assert as_key(traced[0]) == as_key(traced[0])
+@pytest.mark.parametrize("shape", [(4, 3), (400, 3)])
+def test_constants_of_a_closed_program_are_compared_by_value(shape):
+    two, three, again = (
+        jax.make_jaxpr(lambda x, a=a: x * a)(jnp.ones(shape))
+        for a in (jnp.full(shape, 2.0), jnp.full(shape, 3.0), jnp.full(shape, 2.0))
+    )
+    assert all(closed.consts for closed in (two, three, again))
+    assert as_key(two) != as_key(three)
+    assert as_key(two) == as_key(two) == as_key(again)
+
+
+def test_constants_that_were_freed_do_not_lend_their_keys():
+    """200 programs one after the other, each with a constant in the memory of earlier ones."""
+
+    def held(i):
+        array = jnp.full((4, 3), float(i))
+        return as_key(jax.make_jaxpr(jax.jit(lambda x: x * array))(X))
+
+    assert len({held(i) for i in range(200)}) == 200
+
+
+def test_random_keys_as_constants_are_compared_by_value():
+    def held(seed):
+        random = jax.random.key(seed)
+        return as_key(jax.make_jaxpr(lambda x: jax.random.normal(random) * x)(X))
+
+    assert held(0) == held(0) != held(1)
+
+
+def test_what_is_kept_for_derivatives_does_not_matter():
+    keys = {key(jax.checkpoint(jnp.sin, policy=jax.checkpoint_policies.save_only_these_names(n))) for n in "ab"}
+    assert len(keys) == 1
 
 
 def test_shapes_and_types_of_arguments_are_told_apart():

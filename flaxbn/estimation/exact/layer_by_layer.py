@@ -11,6 +11,7 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.placement import placed
 from flaxbn.data.processes import gather, on_all
+from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
 from flaxbn.estimation.layer_moments import merge_steps
@@ -39,6 +40,7 @@ class Batch:
         size: its samples, without padding.
         read: gives its arrays.
         segments: what runs it.
+        closed: the arrays that these take besides.
         values: what is kept of it at the last kept boundary; None where that is the data.
         weights: the weights of its samples, once it has been read.
     """
@@ -47,6 +49,7 @@ class Batch:
     size: int
     read: Callable[[], Any]
     segments: Segments
+    closed: Closed
     values: Values | None = None
     weights: Array | None = None
 
@@ -85,8 +88,8 @@ class Stage(NamedTuple):
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found:
     """All batches through one call after the other; blocks, and merges over processes, once for each call."""
-    wholes = {id(batch.segments): batch.segments for batch in batches}
-    shared = {key: whole.shared(asked.variables) for key, whole in wholes.items()}
+    by_segments = {id(batch.segments): batch for batch in batches}
+    shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
     found = Found([], [], [])
     base = 0
@@ -100,8 +103,8 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
         found.moments.append(moments)
         found.statistics.append((mean, var))
         found.first_bad.append(first_bad)
-        for key, whole in wholes.items():
-            shared[key] |= whole.segments[call].statistics(mean, var)
+        for key, one in by_segments.items():
+            shared[key] |= one.segments.segments[call].statistics(mean, var)
         if keeps and base == 0:
             for batch in batches:
                 batch.read = _already_read
@@ -111,7 +114,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
 
 def moments_with(asked: Request, batch: Batch, statistics: Sequence[tuple[Array, Array]]) -> list[Moments]:
     """The moments of each call's input in one batch, where the calls let these statistics through."""
-    shared = batch.segments.shared(asked.variables)
+    shared = batch.segments.shared(batch.closed, asked.variables)
     values = fetch(asked, batch)
     found = []
     for segment, given in zip(batch.segments.segments, statistics, strict=True):
@@ -191,7 +194,7 @@ def fetch(asked: Request, batch: Batch) -> Values:
     """Reads a batch, and the weights of its samples."""
     whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
-        batch.weights = batch.segments.sample_weights(whole, present)
+        batch.weights = batch.segments.sample_weights(batch.closed, whole, present)
     keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
     return {v: values[v] for v in batch.segments.live[0]}

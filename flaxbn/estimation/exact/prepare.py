@@ -9,19 +9,22 @@ import numpy as np
 
 from flaxbn.data.batches import Source, abstract, count_samples
 from flaxbn.data.placement import padding, shards
-from flaxbn.estimation.compiled import Compiled, shapes_of
+from flaxbn.estimation.calls import Closed
+from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.exact.layer_by_layer import Batch
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.request import Request
+from flaxbn.estimation.reuse import Compiled
+from flaxbn.tracing.flatten import unroll
 
 
 def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
     """The batches with the segments that run them; nothing is read."""
-    compiled = Compiled(Segments, asked.options)
+    compiled = Compiled(Segments, asked.options, unroll)
     parts = shards(asked.options.sharding)
-    by_shape: dict[Any, Segments] = {}
+    by_shape: dict[Any, tuple[Segments, Closed]] = {}
 
-    def segments_for(shape: Any) -> Segments:
+    def segments_for(shape: Any) -> tuple[Segments, Closed]:
         leaves, structure = jax.tree.flatten(shape)
         key = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in by_shape:
@@ -29,11 +32,12 @@ def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
             padded = shape if present is None else abstract(shape, len(present))
             samples = None if present is None else int(np.sum(present))
             shapes = shapes_of(asked.variables, padded, asked.rngs, present=samples)
-            by_shape[key] = compiled[shapes]
+            segments, (closed,) = compiled.find(shapes)
+            by_shape[key] = segments, closed
         return by_shape[key]
 
-    batches = [Batch(i, count_samples(s), read, segments_for(s)) for i, (s, read) in enumerate(sources)]
-    for first, other in pairwise(by_shape.values()):
+    batches = [Batch(i, count_samples(s), read, *segments_for(s)) for i, (s, read) in enumerate(sources)]
+    for (first, _), (other, _) in pairwise(by_shape.values()):
         if [e.tolist() for e in other.entries] != [e.tolist() for e in first.entries]:
             raise ValueError(
                 "All batches must call the same batch-norm layers in the same order: got batches that call "

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments
-from flaxbn.data.batches import count_samples
-from flaxbn.estimation.calls import find_calls, sample_weights
+from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
-from flaxbn.estimation.compiled import PassOptions, Shapes
+from flaxbn.estimation.compiled import Layout
 from flaxbn.estimation.sharded import measure_sharded
-from flaxbn.tracing.flatten import unroll
 from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, operations, structure
 from flaxbn.tracing.primitive import as_tap, tap_p
 
@@ -32,36 +30,34 @@ class Segments:
 
     Attributes:
         calls: the flat program and the calls in it.
-        samples: how many a batch has, padding included.
+        layout: how batches lie on devices.
+        sample_weights: `(closed, batch, present)`: the weights of a batch's samples, or None.
         layers: the layer of each call, for messages.
         entries: for each call the numbers of the stored entries that it reads.
         inputs: the variables of a batch's leaves, and of its random keys'.
         live: the variables of a batch that later calls need, before each call and after the last.
     """
 
-    def __init__(self, options: PassOptions, shapes: Shapes) -> None:
-        self.options = options
-        self.calls = find_calls(options, shapes, unroll)
+    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
+        (self.calls,) = calls
+        self.layout = layout
         self.entries = list(self.calls.entries.values())
         jaxpr = self.calls.program.jaxpr
         taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]
         self.taps = [taps[site] for site in self.calls.entries]
         self.layers = [eqn.params["layer"] for eqn in self.taps]
-        variables, batch, _ = shapes.abstract()
-        self.samples = count_samples(batch)
-        weights, self._batch_leaves = len(jax.tree.leaves(variables)), len(jax.tree.leaves(batch))
-        self._shared = [*jaxpr.constvars, *jaxpr.invars[:weights]]
-        self.inputs = jaxpr.invars[weights:]
-        self.sample_weights = jax.jit(lambda batch, present: sample_weights(options, batch, present))
+        closed, variables, self._batch_leaves, _ = self.calls.arguments
+        self._shared, self.inputs = jaxpr.invars[: closed + variables], jaxpr.invars[closed + variables :]
+        self.sample_weights = jax.jit(self.calls.sample_weights)
         self._compiled: dict[Hashable, Any] = {}
         tapped = set(map(id, self.taps))
         made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
         self.live, stages = _cut(jaxpr.eqns, made_by, self.inputs, self.taps)
         self.segments = [Segment(self, k, stage, made_by) for k, stage in enumerate(stages)]
 
-    def shared(self, variables: Any) -> Values:
+    def shared(self, closed: Closed, variables: Any) -> Values:
         """The variables that hold the same for all batches, but for the statistics."""
-        return dict(zip(self._shared, (*self.calls.program.consts, *jax.tree.leaves(variables))))
+        return dict(zip(self._shared, jax.tree.leaves((closed.model, variables))))
 
     @property
     def uses_keys(self) -> bool:
@@ -178,7 +174,7 @@ class Segment:
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
         tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
         weights = self._whole.calls.weights(tap, weights)
-        moments = measure_sharded(tap, weights, self._whole.samples, self._whole.options.sharding)
+        moments = measure_sharded(tap, weights, self._whole.calls.samples, self._whole.layout.sharding)
         return put(buffer, slot, moments), made, slot + 1
 
 

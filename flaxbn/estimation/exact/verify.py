@@ -12,10 +12,11 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import count_samples
 from flaxbn.data.placement import replicated
-from flaxbn.estimation.calls import LayerCalls, find_calls
-from flaxbn.estimation.compiled import Compiled, PassOptions, Shapes, shapes_of
+from flaxbn.estimation.calls import Closed, LayerCalls
+from flaxbn.estimation.compiled import Layout, shapes_of
 from flaxbn.estimation.exact.layer_by_layer import Batch, fetch, moments_with
 from flaxbn.estimation.request import Request
+from flaxbn.estimation.reuse import Compiled
 from flaxbn.models.independence import check_parts, split
 from flaxbn.tracing.flatten import unroll
 from flaxbn.tracing.measure import measure_tap, stored_statistics
@@ -81,10 +82,10 @@ class IndependenceCheck:
         parts = jax.tree.map(jnp.asarray, parts)
         if asked.options.sharding is not None:
             parts, weights = jax.device_put((parts, weights), replicated(asked.options.sharding))
-        shapes = tuple(shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts)
+        shapes = [shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts]
         try:
-            compiled = Compiled(_Parts, asked.options)[shapes]
-            return compiled.run(asked.variables, asked.rngs, parts, weights, statistics)
+            compiled, closed = Compiled(_Parts, asked.options, unroll).find(*shapes)
+            return compiled.run(closed, asked.variables, asked.rngs, parts, weights, statistics)
         except Exception as error:
             sizes = [count_samples(part) for part in parts]
             error.add_note(
@@ -104,12 +105,15 @@ def _has_weight(asked: Request, batch: Batch) -> bool:
 class _Parts:
     """A pass of a few batches with given statistics."""
 
-    def __init__(self, options: PassOptions, shapes: Sequence[Shapes]) -> None:
-        self._calls = [find_calls(options, shape, unroll) for shape in shapes]
+    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
+        del layout
+        self._calls = calls
         self.run = jax.jit(self._run)
 
-    def _run(self, variables: Any, rngs: Any, batches: Sequence[Any], weights: Any, given: Any) -> list[Moments]:
-        leaves = [jax.tree.leaves((variables, batch, rngs)) for batch in batches]
+    def _run(
+        self, closed: Sequence[Closed], variables: Any, rngs: Any, batches: Sequence[Any], weights: Any, given: Any
+    ) -> list[Moments]:
+        leaves = [jax.tree.leaves((own.model, variables, batch, rngs)) for own, batch in zip(closed, batches)]
         measured = [_measured(*args, given) for args in zip(self._calls, leaves, weights, strict=True)]
         return merge(*measured)
 
