@@ -5,7 +5,7 @@ A call of a layer inside a scan, a vmap or a shared module reads some of these, 
 place of the means, a traced model tells which. Moments of calls then merge by number, and come back as a tree.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
+from flaxbn.data.placement import put_together
 from flaxbn.layers.names import layer_name, layer_path
 
 Path = tuple[str, ...]
@@ -157,9 +158,8 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
     old = [leaves[i][1] for i in places]
     _check_places(found, dict(zip(names, old)), keep_unseen)
     new = [_replaced(name, leaf, found[name[:-1]]) for name, leaf in zip(names, old)]
-    # One transfer for all: where a leaf was put on particular devices, there; the others to the default device.
-    new = jax.device_put(new, [leaf.sharding if getattr(leaf, "committed", False) else None for leaf in old])
-    replaced = dict(zip(places, new))
+    _check_finite(names, new)
+    replaced = dict(zip(places, _placed_as(new, old)))
     return jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
 
@@ -169,17 +169,28 @@ def _is_statistic(names: Path, layers: Mapping[Path, Any]) -> bool:
 
 def _replaced(names: Path, old: Any, moments: Moments) -> np.ndarray:
     """One leaf: the mean or the variance of `moments` where there is data, what is stored elsewhere."""
-    with np.errstate(over="ignore"):  # it is looked at below
-        value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
+    value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
     seen = np.asarray(moments.count) > 0
-    if not np.all(seen):
-        value = np.where(seen, value, old)
-    if not np.all(np.isfinite(value.astype(np.complex128))):
-        raise ValueError(
-            f"The population statistics of '{layer_name(names[:-1])}' must be finite in the dtype in which "
-            f"`batch_stats` stores them: its {names[-1]} overflows {old.dtype}. Store it in float32."
-        )
-    return value
+    return value if seen.all() else np.where(seen, value, old)
+
+
+def _check_finite(names: Sequence[Path], values: Sequence[np.ndarray]) -> None:
+    """What is finite in float64 may not be in the dtype that it is stored in: an error that names the layer."""
+    for name, value in zip(names, values):
+        if not np.isfinite(value).all():
+            raise ValueError(
+                f"The population statistics of '{layer_name(name[:-1])}' must be finite in the dtype in which "
+                f"`batch_stats` stores them: its {name[-1]} overflows {value.dtype}. Store it in float32."
+            )
+
+
+def _placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
+    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
+    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
+    free = [i for i in range(len(old)) if i not in set(bound)]
+    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
+    placed |= zip(free, put_together([new[i] for i in free]))
+    return [placed[i] for i in range(len(old))]
 
 
 def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
