@@ -64,7 +64,7 @@ def compiled(name: str, batches: int, per_device: int, normalization_batch: str)
     shapes = shapes_of(asked.variables, batch, asked.rngs, present=None)
     source, (closed,) = Compiled(Pass, asked.options).find(shapes)
     images = jax.ShapeDtypeStruct((batches, size, *shape), np.float32, sharding=by_step(asked.options.sharding))
-    return source.scan.lower(closed, asked.variables, asked.rngs, images, None, None, 0).compile().as_text()
+    return source.scan.lower(closed, asked.variables, asked.rngs, images, None, batches, None, 0).compile().as_text()
 
 
 def count(name: str, normalization_batch: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
-from flaxbn.estimation.request import Request, request
+from flaxbn.estimation.request import Request, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
+from flaxbn.estimation.threads import cores_for, side_by_side
 from flaxbn.models.linen import Call
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
@@ -38,8 +39,9 @@ class Pass:
         calls: the calls of the wanted layers in the traced model.
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
-        scan: `(closed, variables, rngs, batches, places, present, first)`: the merged moments of batches along a
-            leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
+        scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of so many batches
+            along a leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
+        has_run: the numbers of batches that `scan` was compiled for.
         step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
             buffer.
     """
@@ -50,6 +52,7 @@ class Pass:
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
+        self.has_run: set[int] = set()
         self.step = jax.jit(self._step, donate_argnums=0)
         self._like: tuple[Hashable, list[Moments]] | None = None
 
@@ -107,15 +110,27 @@ class Pass:
         return spread(closed, variables, rngs, batch, present, step)
 
     def _scan(
-        self, closed: Closed, variables: Any, rngs: Any, batches: Any, rows: Array | None, present: Any, first: Any
+        self,
+        closed: Closed,
+        variables: Any,
+        rngs: Any,
+        batches: Any,
+        places: Array | None,
+        count: Any,
+        present: Any,
+        first: Any,
     ) -> list[Array]:
-        def step(k: Array, batch: Any) -> tuple[Array, list[Moments]]:
-            if rows is not None:
-                batch = jax.tree.map(lambda a: jnp.take(a, batch, axis=0), batches)
-            return k + 1, self.sharded_moments(closed, variables, rngs, batch, present, k)
+        def batch_at(i: Any) -> Any:
+            if places is None:
+                return jax.tree.map(lambda a: a[i], batches)
+            return jax.tree.map(lambda a: jnp.take(a, places[i], axis=0), batches)
 
-        _, steps = jax.lax.scan(step, first, batches if rows is None else rows)
-        return _merge(steps, by_device=self.layout.by_device)
+        def step(i: Any, buffer: list[Moments]) -> list[Moments]:
+            return put(buffer, i, self.sharded_moments(closed, variables, rngs, batch_at(i), present, first + i))
+
+        most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
+        _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
+        return _merge(jax.lax.fori_loop(0, count, step, room(like, most)), by_device=self.layout.by_device)
 
     def _step(self, buffer: list[Moments], slot: Any, closed: Closed, *args: Any) -> tuple[list[Moments], Array]:
         *_, step = args
@@ -149,16 +164,43 @@ def _scan_arrays(asked: Request, data: Arrays) -> list[Pending]:
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
-        for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
-            # Without a sharding samples are gathered inside the scan; with one each batch is laid out beforehand.
-            given: tuple[Any, Any] = (arrays, chunk)
-            if options.sharding is not None:
-                given = jax.device_put(data.take(chunk), by_step(options.sharding)), None
-            steps = range(first, first + len(chunk))
-            packed = compiled.scan(closed, variables, rngs, *given, present, first)
-            results.append(compiled.pending(steps, packed))
-            first += len(chunk)
+        if options.sharding is None:
+            results += _on_cores(compiled, (closed, variables, rngs, arrays), places, first)
+        else:
+            for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
+                batches = jax.device_put(data.take(chunk), by_step(options.sharding))
+                steps = range(first, first + len(chunk))
+                packed = compiled.scan(closed, variables, rngs, batches, None, len(chunk), present, first)
+                results.append(compiled.pending(steps, packed))
+                first += len(chunk)
+        first = results[-1].steps[-1] + 1
     return results
+
+
+def _on_cores(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> list[Pending]:
+    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
+
+    All parts have room for the same number of batches, so they are one program; the merged result depends on how many
+    there are by rounding only.
+    """
+    *_, arrays = args
+    leaves = jax.tree.leaves(arrays)
+    sample_bytes = sum(a.nbytes for a in leaves) // max(len(leaves[0]), 1)
+    cores = cores_for(leaves[0].devices(), len(places), places.size * sample_bytes)
+    size = min(-(-len(places) // cores), compiled.chunk)
+    parts = [(first + i, places[i : i + size]) for i in range(0, len(places), size)]
+
+    def run(part: tuple[int, np.ndarray]) -> list[Array]:
+        begin, own = part
+        room_for_all = np.pad(own, ((0, size - len(own)), (0, 0)))
+        return compiled.scan(*args, room_for_all, len(own), None, begin)
+
+    if cores > 1 and size in compiled.has_run:
+        packed = side_by_side(run, parts, cores, tracing_options)
+    else:  # the first call compiles, once
+        packed = [run(part) for part in parts]
+    compiled.has_run.add(size)
+    return [compiled.pending(range(begin, begin + len(own)), p) for (begin, own), p in zip(parts, packed)]
 
 
 def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
@@ -234,5 +276,5 @@ def batch_moments(
     for step, batch in enumerate(batches):
         source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
-        found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, None, step))
+        found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, 1, None, step))
         yield checked_tree(merged_by_layer(fetched([found]), asked.layers), asked.wanted, keep_unseen=True)

@@ -61,7 +61,7 @@ def request(
         wanted=frozenset(wanted.entries),
         sharding=sharding,
         by_device=by_device,
-        tracing=_tracing_options(),
+        tracing=tracing_options(),
     )
     arrays, keys = on_device((dict(variables), dict(rngs or {})))
     if jax.process_count() > 1:
@@ -88,7 +88,7 @@ def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding
     return normalization_batch == "device"
 
 
-def _tracing_options() -> tuple[Any, ...]:
+def tracing_options() -> tuple[Any, ...]:
     """What decides how jax traces, besides shapes."""
     names = (
         "jax_enable_x64",
