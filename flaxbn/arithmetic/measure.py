@@ -38,8 +38,8 @@ def measure(
         axes: the axes to reduce; the other axes are the channels.
         weights: bool or real, of the rank of `x`, each axis equal to that of `x` or 1. A position whose weight is
             not positive takes no part: its value may be NaN or infinite, and its gradient is 0.
-        fast: use the one-pass form, with the variance clipped at 0. In float32 it loses the variance from
-            `|mean| / std` of about 1e3 on.
+        fast: use `E[x^2] - E[x]^2`, clipped at 0. In float32 it loses the variance from `|mean| / std` of about 1e3
+            on.
         dtype: the dtype to compute in; by default float32, or wider if `x` is wider.
 
     Returns:
