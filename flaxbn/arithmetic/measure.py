@@ -127,9 +127,9 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
     The mean of a share f of the positions is off that of all by at most `sqrt((1 - f) / f)` standard deviations,
     whatever the data, so a variance about it loses at most the factor `1 / f` of its digits' precision.
 
-    The leading axis, that of examples, is thinned where the others are too short: it is the one that a mesh splits,
-    and where jax does not say so (Auto axes), only lattices that fit the pieces stay on their device. Where it does
-    (Explicit axes), a lattice across devices would be an error.
+    The leading axis, that of examples, is thinned as far as that goes, since whole examples are read fastest. It is
+    also the one that is split over devices: where jax does not say so (Auto axes) a lattice that fits into equal pieces
+    for all devices needs nothing of another one, and where it does (Explicit axes) some lattices would be an error.
 
     Args:
         x: the values.
@@ -141,9 +141,10 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
         return x
     strides = [1] * x.ndim
     for _ in range(_HALVINGS):
+        fits = 0 in free and x.shape[0] % (2 * strides[0] * jax.device_count()) == 0
         inner = [axis for axis in free if axis and strides[axis] < x.shape[axis]]
         widest = max(inner or free, key=lambda axis: x.shape[axis] / strides[axis])
-        strides[widest] *= 2
+        strides[0 if fits else widest] *= 2
     return x[tuple(slice(None, None, stride) for stride in strides)]
 
 
