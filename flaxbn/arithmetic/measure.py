@@ -127,9 +127,10 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
     The mean of a share f of the positions is off that of all by at most `sqrt((1 - f) / f)` standard deviations,
     whatever the data, so a variance about it loses at most the factor `1 / f` of its digits' precision.
 
-    The leading axis, that of examples, is thinned as far as that goes, since whole examples are read fastest. It is
-    also the one that is split over devices: where jax does not say so (Auto axes) a lattice that fits into equal pieces
-    for all devices needs nothing of another one, and where it does (Explicit axes) some lattices would be an error.
+    Of the leading axis whole examples are taken, which are read fastest, but only as far as the lattice fits into equal
+    pieces for all devices: if the axis is split over them, which jax does not tell before it compiles (Auto axes), each
+    then samples what it has. Where it does tell (Explicit axes), an axis that is split is taken whole, since a lattice
+    that does not fit would be an error.
 
     Args:
         x: the values.
