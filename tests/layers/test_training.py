@@ -195,6 +195,19 @@ def test_an_activation_in_half_precision_sees_the_output():
     np.testing.assert_array_equal(found, jnp.exp2(output(BatchNorm(dtype=jnp.bfloat16), x)))
 
 
+def test_an_activation_may_have_a_parameter():
+    x, cotangent = data(), data(seed=1)
+
+    def loss(slope):
+        layer = BatchNorm(activation=lambda y: jnp.where(y > 0, y, slope * y))
+        return jnp.sum(output(layer, x) * cotangent)
+
+    y = batch_norm(flat(x), SCALE, BIAS)
+    negative = np.where(y > 0, 0, y) * flat(cotangent)
+    # A sum of terms that cancel; some of y near 0 may have either sign, and add next to nothing.
+    assert abs(jax.jit(jax.grad(loss))(0.1) - negative.sum()) <= 1e-6 * np.abs(negative).sum()
+
+
 @pytest.mark.parametrize("name", ["relu", 1])
 def test_an_activation_that_is_no_function_is_an_error(name):
     with pytest.raises(TypeError, match=f"`activation` must be a function of the output.*: got {name!r}"):
