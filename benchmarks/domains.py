@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
+    harness.keep_freed_memory()
     rows = [benchmark(shape, arguments.rounds) for shape in SHAPES]
     markdown = harness.table(rows, ["shape"])
     print(markdown)

@@ -5,9 +5,10 @@ Every variance of the library is computed in this file, by one formula. About an
     mean = p + E[x - p]
     var  = E[|x - p|^2] - |E[x - p]|^2
 
-With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with
-`p = 0` it is the one-pass form `E[x^2] - E[x]^2`; and with Moments in the place of single values, `E[var]` added, it
-is the law of total variance, by which Moments merge.
+With `p` the rounded mean this is the corrected two-pass algorithm (Chan, Golub & LeVeque 1983); with a value near the
+mean, such as the mean of a sample, nearly as good, in one pass; with `p = 0` it is the form `E[x^2] - E[x]^2`, which
+cancels; and with Moments in the place of single values, `E[var]` added, it is the law of total variance, by which
+Moments merge.
 """
 
 from typing import Any

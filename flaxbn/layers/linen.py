@@ -60,7 +60,7 @@ class BatchNorm(nn.Module):
         axis_name: the axis of `jax.pmap`, `jax.vmap` or `jax.shard_map` over which batch statistics are merged,
             weighted by count. Under `jax.jit` with sharded arrays none is needed.
         axis_index_groups: merge within these groups of the axis only.
-        use_fast_variance: compute the variance in one pass, less accurately; see `flaxbn.measure`.
+        use_fast_variance: compute the variance as `E[x^2] - E[x]^2`, less accurately; see `fast` of `flaxbn.measure`.
         force_float32_reductions: compute batch statistics in float32 or wider; otherwise in `dtype`.
         num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
             call takes `domain`. For training and inference on several datasets with shared weights.

@@ -28,3 +28,21 @@ def test_statistics_come_back_to_the_examples_they_are_of():
     totals = sharing.total(jnp.arange(8.0).reshape(4, 2, 1))
     np.testing.assert_array_equal(totals, [[5], [10]])
     np.testing.assert_array_equal(sharing.spread(totals)[:, 0, 0], [10, 5, 10, np.nan])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (4, 2, 1), (1, 2, 3), (4, 1, 3), (4, 2, 3)])
+def test_counts_are_those_of_weights_written_out(shape):
+    weights = np.random.default_rng(0).uniform(0.5, 2, shape).astype(np.float32)
+    domain = jnp.array([1, 0, 1, 3])  # the last takes no part
+    for sharing in (Sharing((0, 1)), Sharing((0, 1), domain, 3)):
+        expected = sharing.total(jnp.broadcast_to(weights, (4, 2, 3)))
+        found = sharing.count(weights, (4, 2, 3))
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=2e-7)  # of sums of eight terms
+
+
+def test_counts_of_examples_are_summed_before_they_are_spread():
+    sharing = Sharing((0,), jnp.zeros(64, jnp.int32), 2)
+    equations = jax.make_jaxpr(lambda w: sharing.count(w, (64, 1000)))(jnp.ones((64, 1))).jaxpr.eqns
+    scattered = [v.aval.size for e in equations if "scatter" in e.primitive.name for v in e.invars]
+    assert max(scattered, default=0) <= 64

@@ -66,6 +66,15 @@ def saved_bytes(f, *arguments):
     return sum(leaf.nbytes for leaf in saved_arrays(f, *arguments))
 
 
+def equations(jaxpr):
+    """All equations of a jaxpr, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
 # ---- numbers
 
 
@@ -150,6 +159,14 @@ def test_nothing_else_of_full_size_is_kept_with_domains():
     assert sum(leaf.size >= x.size for leaf in kept) == 1
 
 
+@pytest.mark.parametrize("layer", [BatchNorm(), BatchRenorm(), BatchNorm(activation=nn.relu)])
+def test_sums_are_not_computed_again(layer):
+    x = jnp.asarray(data())
+    traced = jax.make_jaxpr(functools.partial(both, layer))(x, x)
+    sizes = [e.invars[0].aval.size for e in equations(traced.jaxpr) if e.primitive.name == "reduce_sum"]
+    assert sum(size == x.size for size in sizes) == 4  # two for the statistics, and two for the gradients
+
+
 # ---- activation
 
 
@@ -176,6 +193,19 @@ def test_an_activation_in_half_precision_sees_the_output():
     found = output(BatchNorm(dtype=jnp.bfloat16, activation=jnp.exp2), x)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, jnp.exp2(output(BatchNorm(dtype=jnp.bfloat16), x)))
+
+
+def test_an_activation_may_have_a_parameter():
+    x, cotangent = data(), data(seed=1)
+
+    def loss(slope):
+        layer = BatchNorm(activation=lambda y: jnp.where(y > 0, y, slope * y))
+        return jnp.sum(output(layer, x) * cotangent)
+
+    y = batch_norm(flat(x), SCALE, BIAS)
+    negative = np.where(y > 0, 0, y) * flat(cotangent)
+    # A sum of terms that cancel; some of y near 0 may have either sign, and add next to nothing.
+    assert abs(jax.jit(jax.grad(loss))(0.1) - negative.sum()) <= 1e-6 * np.abs(negative).sum()
 
 
 @pytest.mark.parametrize("name", ["relu", 1])
@@ -366,6 +396,49 @@ def test_members_share_the_pivot_s_and_the_sums_psum(devices, layer, mapped):
     r = np.clip(inverse / np.sqrt(RUNNING[1] + EPSILON), 1 / 1.5, 1.5) if layer is BatchRenorm else 1.0
     expected = batch_norm_gradient(flat(x), SCALE, flat(cotangent), r=r)[0]
     assert_close(np.asarray(found).reshape(-1, C), expected, 1e-6)
+
+
+def test_groups_of_members(devices):
+    x, cotangent = data(1e3), data(seed=1)
+    layer = BatchNorm(axis_name="i", axis_index_groups=[[0, 3], [1, 2]])
+
+    def member(x, cotangent):
+        return jax.vjp(lambda x: output(layer, x), x)[1](cotangent)[0]
+
+    x, cotangent = (a.reshape(4, 16 * 16 * 16, C) for a in (x, cotangent))
+    found = np.asarray(jax.pmap(member, axis_name="i", devices=devices[:4])(x, cotangent))
+    for group in ([0, 3], [1, 2]):
+        expected = batch_norm_gradient(flat(x[group]), SCALE, flat(cotangent[group]))[0]
+        assert_close(flat(found[group]), expected, 1e-6)
+
+
+def test_what_is_not_a_number_stays_in_its_domain():
+    x, domain = data(), np.arange(64) % 3
+    x[3, 0, 0, 1] = np.nan  # an example of domain 0
+    layer = BatchNorm(num_domains=3, momentum=0.0, use_running_average=False)
+    held = layer.init(KEY, x, domain=domain)
+
+    def loss(x):
+        y, new = layer.apply(held, x, domain=domain, mutable=["batch_stats"])
+        return jnp.sum(y * data(seed=1)), (y, new["batch_stats"])
+
+    gradient, (y, stats) = jax.jit(jax.grad(loss, has_aux=True))(x)
+    clean = np.ones(x.shape, bool)
+    clean[domain == 0, :, :, 1] = False
+    for values in (gradient, y):
+        np.testing.assert_array_equal(np.isfinite(values), clean)
+    assert np.all(np.isfinite(stats["var"]))
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, BatchRenorm])
+def test_evaluation_and_initialization_have_no_checkpoint(layer):
+    x = data()
+    evaluated = jax.make_jaxpr(lambda x: layer().apply(variables(), x, use_running_average=True))(x)
+    initialized = jax.make_jaxpr(lambda x: layer().init_with_output(KEY, x, use_running_average=False))(x)
+    trained = jax.make_jaxpr(lambda x: output(layer(), x))(x)
+    traced = (evaluated, initialized, trained)
+    names = [{e.primitive.name for e in equations(j.jaxpr)} for j in traced]
+    assert [bool(found & {"checkpoint", "remat", "remat2"}) for found in names] == [False, False, True]
 
 
 def test_a_schedule_sees_a_number_outside_of_jit():
