@@ -17,6 +17,7 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import is_moments, merge
 from flaxbn.data.batches import count_samples
 from flaxbn.diagnostics.drift import Drift, compare
+from flaxbn.diagnostics.findings import HARMLESS_SHARE
 from flaxbn.diagnostics.loss_gap import Gap, gap
 from flaxbn.diagnostics.noise import BatchNoise, noise_among
 from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
@@ -100,8 +101,7 @@ class Evidence:
     """All that is known of a subject whose values are finite and whose predictions do not depend on the batch.
 
     Attributes:
-        drift: the stored statistics against those of all data in batches as an estimate has them, a record for each row
-            of statistics that saw data.
+        drift: the stored statistics against those of all data, a record for each row of statistics that saw data.
         never_estimated: the rows among these whose stored statistics are the initial ones.
         domain_drift: for each domain the statistics of all data against those of this domain; empty where batches do
             not hold one domain each.
@@ -141,10 +141,7 @@ def gather(
     groups = {label: [subject.moments[i] for i in of_one] for label, of_one in numbers.items()}
     batches = {label: [subject.batches[i] for i in of_one] for label, of_one in numbers.items()}
     anew = {label: subject.moments_of(reshuffled(of_one)) for label, of_one in batches.items()}
-    population = groups
-    if subject.are_cut:
-        population = {label: subject.moments_of(strided(of_one)) for label, of_one in batches.items()}
-    drift = compare(stored, _parts(*population.values()), rows=rows, epsilon=epsilon)
+    drift = _drift(subject, groups, batches, epsilon)
     ran = {record.layer for record in drift}
     return Evidence(
         drift=drift,
@@ -155,6 +152,29 @@ def gather(
         renormalized=_renormalized(subject),
         losses=gap(model, variables, iter(subject.batches), loss_fn, call=call, domain=domain),
     )
+
+
+def _drift(
+    subject: Subject, groups: Mapping[Any, Sequence[Any]], batches: Mapping[Any, Sequence[Any]], epsilon: float
+) -> tuple[Drift, ...]:
+    """What is stored against the population of batches as in training or, if that is much closer, as an estimate's.
+
+    Behind the first layer a population depends on the batches that it is measured by. A running average is that of
+    those of training; an estimate of arrays is that of strided ones, which differ where the data are sorted.
+    """
+
+    def against(population: Mapping[Any, Sequence[Any]]) -> tuple[Drift, ...]:
+        stored = subject.variables["batch_stats"]
+        return compare(stored, _parts(*population.values()), rows=subject.rows, epsilon=epsilon)
+
+    def distance(records: tuple[Drift, ...]) -> float:
+        return max((record.rms_shift**2 + record.rms_log_ratio**2 / 4 for record in records), default=0.0)
+
+    drift = against(groups)
+    if not subject.are_cut or distance(drift) <= HARMLESS_SHARE:
+        return drift
+    as_estimated = against({label: subject.moments_of(strided(of_one)) for label, of_one in batches.items()})
+    return as_estimated if distance(as_estimated) < distance(drift) / 2 else drift
 
 
 def _numbers_by_domain(batches: Sequence[Any], domain: Callable[[Any], Any] | None) -> dict[Any, list[int]]:

@@ -1,7 +1,6 @@
 """Batches to look at: of arrays, of iterables, and the same examples shuffled."""
 
 import tracemalloc
-from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -40,12 +39,9 @@ def diagnosed(batches, **options):
 
 @pytest.mark.parametrize("form", [list, iter, lambda batches: jax.tree.map(jnp.asarray, [*batches])])
 def test_an_iterable_is_diagnosed_as_its_arrays_are(form):
-    """By domain as well; the last eight examples fill no batch. Drift is that of batches as an estimate has them."""
-    whole, found = diagnosed(DATA, batch_size=16), diagnosed(form(cut(DATA)))
-    assert set(whole.noise) == {0, 1}
-    assert replace(found, drift=()) == replace(whole, drift=())
-    for one, other in zip(found.drift, whole.drift, strict=True):
-        np.testing.assert_allclose(one.rms_shift, other.rms_shift, rtol=1e-6)
+    """By domain as well; the last eight examples fill no batch."""
+    assert set(diagnosed(DATA, batch_size=16).noise) == {0, 1}
+    assert diagnosed(form(cut(DATA))) == diagnosed(DATA, batch_size=16)
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -121,7 +117,7 @@ def cut_one(images):
         ((X, X), TypeError, "must be an iterable of batches where `batch_size` is not given: got tuple of arrays"),
         ([], ValueError, r"Two batches of one size are needed at least: got batches of \[\] samples"),
         ([X[:16], X[:8]], ValueError, r"Two batches of one size are needed at least: got batches of \[16, 8\] samples"),
-        ([X[:0], X[:0]], ValueError, r"Two batches of one size are needed at least: got batches of \[0, 0\] samples"),
+        ([X[:0], X[:0]], ValueError, "must hold at least one sample: saw none"),
         ([X[:16], X[:8], X[:16]], ValueError, r"must be of one size.*smaller last one.*got \[8, 16\] samples"),
         ([X[:8], X[:8], X[:16]], ValueError, r"must be of one size.*got \[8, 16\] samples"),
         ([X[:16], X[:16], X[:8], X[:8]], ValueError, r"must be of one size.*got \[8, 16\] samples"),
