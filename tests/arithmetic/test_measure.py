@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from formulas import moments
+from hard_data import KINDS, RATIOS, hard_data
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,32 +14,10 @@ from flaxbn.arithmetic.groups import Sharing
 from flaxbn.arithmetic.measure import SUMS, measure_deviations, sample
 
 SHAPES = [(64, 16, 16, 4), (4096, 16)]
-RATIOS = [0.0, 10.0, 1e3, 1e4]  # |mean| / std
 
 
 def share_of(x, axes):
     return sample(x, axes).size / x.size
-
-
-def lattice(shape):
-    """The positions that the pivot is the mean of."""
-    numbers = sample(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), range(len(shape) - 1))
-    return np.isin(np.arange(np.prod(shape)).reshape(shape), np.asarray(numbers))
-
-
-def data(kind, ratio, shape, seed=0):
-    """Of standard deviation 1 in each channel, or with zeros where the sample is taken."""
-    x = np.random.default_rng(seed).normal(size=shape)
-    axes = tuple(range(len(shape) - 1))
-    if kind == "zeros on the lattice":
-        return np.where(lattice(shape), 0, x + ratio).astype(np.float32)
-    if kind == "sorted":
-        x = np.sort(x.reshape(-1, shape[-1]), axis=0).reshape(shape)
-    elif kind == "outliers":
-        x.reshape(-1, shape[-1])[5::500] *= 100
-    elif kind == "the lattice apart":
-        x = 1e-3 * x + lattice(shape)
-    return ((x - x.mean(axes)) / x.std(axes) + ratio).astype(np.float32)
 
 
 def error(found, expected):
@@ -47,20 +26,9 @@ def error(found, expected):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [
-        # Sums of float32 numbers of the size of the standard deviation, rounded a few times on their way.
-        ("ordinary", 1e-6),
-        ("sorted", 1e-6),
-        ("outliers", 1e-6),
-        # The pivot is sqrt(15) standard deviations off: two terms of 16 and 15 variances are subtracted.
-        ("the lattice apart", 4e-6),
-        ("zeros on the lattice", 4e-6),
-    ],
-)
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
 def test_no_data_spoils_the_variance(shape, ratio, kind, tolerance):
-    x = data(kind, ratio, shape)
+    x = hard_data(kind, ratio, shape)
     found = jax.jit(lambda x: measure(x, range(x.ndim - 1)))(x)
     count, mean, var = moments(x.reshape(-1, shape[-1]))
     np.testing.assert_array_equal(found.count, count)
@@ -68,10 +36,10 @@ def test_no_data_spoils_the_variance(shape, ratio, kind, tolerance):
     assert np.all(np.abs(found.mean - mean) <= tolerance * np.sqrt(var) + 6e-8 * np.abs(mean))  # half a last place
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "sorted", "outliers", "the lattice apart", "zeros on the lattice"])
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_bound_of_the_pivot(kind, shape):
-    x = data(kind, 10.0, shape)
+    x = hard_data(kind, 10.0, shape)
     share = share_of(x, tuple(range(len(shape) - 1)))
     assert share == 1 / 16
     pivot, _ = measure_deviations(x, Sharing(tuple(range(len(shape) - 1))))
@@ -109,7 +77,7 @@ def test_few_values_or_positions_are_all_taken(shape):
 
 
 def test_feature_axes_in_front():
-    x = np.moveaxis(data("ordinary", 1e4, (64, 16, 16, 4)), -1, 1)
+    x = np.moveaxis(hard_data("ordinary", 1e4, (64, 16, 16, 4)), -1, 1)
     assert sample(x, (0, 2, 3)).shape[1] == 4
     found = measure(x, (0, 2, 3))
     assert error(found.var, moments(np.moveaxis(x, 1, -1).reshape(-1, 4))[2]) <= 1e-6
@@ -145,7 +113,7 @@ def test_one_pass_without_weights_two_with():
 
 
 def test_weights_of_one_and_domains_of_one_give_the_same():
-    x = data("outliers", 1e3, (4096, 16))
+    x = hard_data("outliers", 1e3, (4096, 16))
     expected = moments(x)[2]
     weighted = measure(x, (0,), weights=jnp.ones((4096, 1)))
     _, of_domain = measure_deviations(x, Sharing((0,), jnp.zeros(4096, jnp.int32), 1))
@@ -166,7 +134,7 @@ SPLITS = [
 @pytest.mark.parametrize(("shape", "spec"), SPLITS)
 def test_values_split_over_devices(devices, kind, shape, spec):
     mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(kind, kind), devices=devices)
-    x = data("ordinary", 1e4, shape)
+    x = hard_data("ordinary", 1e4, shape)
     with jax.set_mesh(mesh):
         found = jax.jit(lambda x: measure(x, range(x.ndim - 1)))(jax.device_put(x, NamedSharding(mesh, spec)))
     assert error(found.var, moments(x.reshape(-1, shape[-1]))[2]) <= 1e-6
@@ -182,7 +150,7 @@ def test_a_batch_split_over_devices_is_sampled_where_it_lies(devices):
 
 
 def test_members_sample_their_own_part(devices):
-    x = data("outliers", 1e3, (4096, 16))
+    x = hard_data("outliers", 1e3, (4096, 16))
     mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,), devices=devices)
 
     def member(x):

@@ -8,34 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from formulas import EPSILON, batch_norm, batch_norm_gradient, moments, wide
+from hard_data import KINDS, RATIOS, hard_data
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxbn import BatchNorm, BatchRenorm
-from flaxbn.arithmetic.measure import sample
 
 KEY = jax.random.key(0)
 SHAPE, C = (64, 16, 16, 4), 4  # large enough that the pivot is a sample's mean
 SCALE, BIAS = np.float32([1.5, 0.7, -1.0, 2.0]), np.float32([0.2, -0.4, 1.0, 0.0])
 RUNNING = np.float32([0.5, -1.0, 2.0, 0.1]), np.float32([4.0, 0.25, 1.5, 1.0])
-RATIOS = [0.0, 10.0, 1e3, 1e4]  # |mean| / std
 
 
-def data(ratio=0.0, seed=0, kind="ordinary", shape=SHAPE):
-    """Of standard deviation 1 in each channel."""
-    x = np.random.default_rng(seed).normal(size=shape)
-    axes = tuple(range(len(shape) - 1))
-    if kind == "sorted":
-        x = np.sort(x.reshape(-1, shape[-1]), axis=0).reshape(shape)
-    elif kind == "outliers":
-        x.reshape(-1, shape[-1])[5::500] *= 100
-    elif kind != "ordinary":
-        numbers = np.arange(x.size, dtype=np.float32).reshape(shape)
-        sampled = np.isin(numbers, np.asarray(sample(numbers, axes)))
-        if kind == "zeros on the lattice":
-            return np.where(sampled, 0, x + ratio).astype(np.float32)
-        x = 1e-3 * x + sampled
-    return ((x - x.mean(axes)) / x.std(axes) + ratio).astype(np.float32)
+def data(ratio=0.0, seed=0, kind="ordinary"):
+    return hard_data(kind, ratio, SHAPE, seed)
 
 
 def variables(**stats):
@@ -84,18 +70,7 @@ def both(layer, x, cotangent):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [
-        # In the 2-norm: a few roundings of numbers of the size of the output.
-        ("ordinary", 1e-6),
-        ("sorted", 1e-6),
-        ("outliers", 1e-6),
-        # The variance, of which 15/16 are subtracted: half of its error is that of the factor.
-        ("the lattice apart", 4e-6),
-        ("zeros on the lattice", 4e-6),
-    ],
-)
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
 def test_output_and_gradients_are_those_of_float64(ratio, kind, tolerance):
     x, cotangent = data(ratio, kind=kind), data(seed=1)
     y, gradients = jax.jit(functools.partial(both, BatchNorm()))(x, cotangent)
