@@ -143,12 +143,12 @@ def assert_drift(records, batch_stats, rows):
         mean, var = (channels(batch_stats["norm"][field], name, x.shape) for field in ("mean", "var"))
         assert record.channels == std.size
         assert record.count == np.prod([x.shape[a] for a in axes])
-        # Moments are float32; two normalizations of unit variance, a hundred rounding errors.
+        # Moments are float32; two normalizations of unit variance, a hundred rounding errors, where means are 0 ten.
         shift = np.abs(mean - x.mean(axes).ravel()) / std
-        np.testing.assert_allclose(record.rms_shift, np.sqrt(np.mean(shift**2)), rtol=1e-5)
+        np.testing.assert_allclose(record.rms_shift, np.sqrt(np.mean(shift**2)), rtol=1e-5, atol=1e-6)
         ratio = np.abs(np.log((var + EPSILON) / std**2))
-        np.testing.assert_allclose(record.rms_log_ratio, np.sqrt(np.mean(ratio**2)), rtol=1e-4)
-        np.testing.assert_allclose(record.shift.worst, shift.max(), rtol=1e-5)
+        np.testing.assert_allclose(record.rms_log_ratio, np.sqrt(np.mean(ratio**2)), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(record.shift.worst, shift.max(), rtol=1e-5, atol=1e-6)
 
 
 def test_drift(case):
