@@ -116,9 +116,9 @@ def fingerprint(variables: dict[str, Any]) -> str:
 
 
 def moments_like(batch_stats: Any) -> Any:
-    """A tree like that of the moments, to restore them into."""
+    """A tree like that of the moments, to restore them into: numpy arrays in float64, as they are merged."""
     return jax.tree.map(
-        lambda layer: flaxbn.Moments(layer["mean"], layer["mean"], layer["var"]),
+        lambda layer: flaxbn.Moments(*(np.zeros(layer["mean"].shape) for _ in flaxbn.Moments._fields)),
         batch_stats,
         is_leaf=lambda tree: "mean" in tree,
     )
@@ -148,10 +148,9 @@ def estimate(
     part = options.whole_batches(config.part, batch_size * jax.process_count())
     moments, start = None, time.perf_counter()
     with training.checkpoint_manager((config.out / "checkpoints" / "moments").absolute()) as checkpoints:
-        like = processes.place(moments_like(variables["batch_stats"]), processes.everywhere())
-        restored, done = training.restore(checkpoints, like)
+        restored, done = training.restore(checkpoints, moments_like(variables["batch_stats"]))
         if done:
-            moments = jax.device_get(restored)
+            moments = restored
         journal.lines = [line for line in journal.lines if line["images"] <= done]
         before = journal.lines[-1]["seconds"] if journal.lines else 0
         journal.advance(done)
@@ -165,8 +164,7 @@ def estimate(
                 earlier=moments,
             )
             done = min(done + part, len(images))
-            saved = processes.place(moments, processes.everywhere())
-            checkpoints.save(done, args=ocp.args.StandardSave(saved))
+            checkpoints.save(done, args=ocp.args.StandardSave(moments))
             seconds = before + time.perf_counter() - start
             journal.add({"images": done, "seconds": seconds})
             journal.console.print(f"{done:10} images {seconds:8.1f} s")

@@ -169,7 +169,8 @@ def _is_statistic(names: Path, layers: Mapping[Path, Any]) -> bool:
 
 def _replaced(names: Path, old: Any, moments: Moments) -> np.ndarray:
     """One leaf: the mean or the variance of `moments` where there is data, what is stored elsewhere."""
-    value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
+    with np.errstate(over="ignore"):  # `_check_finite` looks at it
+        value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
     seen = np.asarray(moments.count) > 0
     return value if seen.all() else np.where(seen, value, old)
 
