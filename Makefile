@@ -79,6 +79,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/exact.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/imports.py
 
 clean:
 	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site

@@ -13,7 +13,6 @@ What is named here and in these two is public, and stays where it is; the rooms 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flaxbn import domains as domains
 from flaxbn.arithmetic.measure import measure as measure
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import merge as merge
@@ -23,41 +22,71 @@ from flaxbn.arithmetic.normalize import normalize as normalize
 from flaxbn.arithmetic.renorm import correction as correction
 from flaxbn.arithmetic.renorm import paper_d_max as paper_d_max
 from flaxbn.arithmetic.renorm import paper_r_max as paper_r_max
-from flaxbn.data.placement import data_sharding as data_sharding
-from flaxbn.estimation.exact.plan import Plan as Plan
-from flaxbn.estimation.exact.plan import plan as plan
-from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
-from flaxbn.estimation.population import population_moments as population_moments
-from flaxbn.estimation.population import to_batch_stats as to_batch_stats
-from flaxbn.estimation.replicas import merge_replicas as merge_replicas
-from flaxbn.inference.export import export_inference as export_inference
-from flaxbn.inference.load import Inference as Inference
-from flaxbn.inference.load import load_inference as load_inference
 from flaxbn.layers.linen import BatchNorm as BatchNorm
 from flaxbn.layers.linen import BatchRenorm as BatchRenorm
-from flaxbn.models.apply import apply as apply
-from flaxbn.models.independence import BatchDependenceError as BatchDependenceError
-from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
 
 if TYPE_CHECKING:
     from flaxbn import diagnostics as diagnostics
+    from flaxbn import domains as domains
     from flaxbn import linen as linen
+    from flaxbn.data.placement import data_sharding as data_sharding
+    from flaxbn.estimation.exact.plan import Plan as Plan
+    from flaxbn.estimation.exact.plan import plan as plan
+    from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
+    from flaxbn.estimation.population import population_moments as population_moments
+    from flaxbn.estimation.population import to_batch_stats as to_batch_stats
+    from flaxbn.estimation.replicas import merge_replicas as merge_replicas
+    from flaxbn.inference.export import export_inference as export_inference
+    from flaxbn.inference.load import Inference as Inference
+    from flaxbn.inference.load import load_inference as load_inference
+    from flaxbn.models.apply import apply as apply
+    from flaxbn.models.independence import BatchDependenceError as BatchDependenceError
+    from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
 
 __version__ = "0.1.0"
 
-_LOADED_WHEN_ASKED_FOR = ("diagnostics", "linen")
+# What a training does not need is loaded when it is asked for: the layers add 15 ms to importing Flax, all of it 60.
+_MODULES = ("diagnostics", "domains", "linen")
+_ROOMS = {
+    "data_sharding": "data.placement",
+    "Plan": "estimation.exact.plan",
+    "plan": "estimation.exact.plan",
+    "estimate_population_stats": "estimation.population",
+    "population_moments": "estimation.population",
+    "to_batch_stats": "estimation.population",
+    "merge_replicas": "estimation.replicas",
+    "export_inference": "inference.export",
+    "Inference": "inference.load",
+    "load_inference": "inference.load",
+    "apply": "models.apply",
+    "BatchDependenceError": "models.independence",
+    "assert_batch_independent": "models.independence",
+}
+
+
+def _publish(name: str, value: Any) -> Any:
+    """Makes a value print and be pickled as `flaxbn.<name>`, whatever room it is in.
+
+    The price: `inspect.getsource` looks for classes here.
+    """
+    value.__module__ = "flaxbn"
+    globals()[name] = value
+    return value
+
+
 _PUBLIC = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith("flaxbn.")]
 for _name in _PUBLIC:
-    # So they print and are pickled, whatever room they are in. The price: `inspect.getsource` looks for classes here.
-    globals()[_name].__module__ = "flaxbn"
+    _publish(_name, globals()[_name])
 del _name
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LOADED_WHEN_ASKED_FOR:
+    if name in _MODULES:
         return importlib.import_module(f"flaxbn.{name}")
+    if name in _ROOMS:
+        return _publish(name, getattr(importlib.import_module(f"flaxbn.{_ROOMS[name]}"), name))
     raise AttributeError(f"module 'flaxbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_PUBLIC, *_LOADED_WHEN_ASKED_FOR, "__version__", "domains"])
+    return sorted([*_PUBLIC, *_ROOMS, *_MODULES, "__version__"])

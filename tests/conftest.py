@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import flaxbn
+
 NUM_DEVICES = 8
 # What the workers of one run and the scripts that they start compile, so that it is compiled once.
 _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -20,6 +22,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# What is public is loaded when it is asked for, and only then found by doctest where it says that it is from.
+for _name in dir(flaxbn):
+    getattr(flaxbn, _name)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)

@@ -13,7 +13,12 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPTIMIZED = [ROOT / "tests" / "arithmetic", ROOT / "tests" / "layers", ROOT / "flaxbn"]
+OPTIMIZED = [
+    ROOT / "tests" / "arithmetic",
+    ROOT / "tests" / "layers",
+    ROOT / "tests" / "scripts" / "test_batch_sizes.py",  # trains within the process
+    ROOT / "flaxbn",
+]
 WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 

@@ -62,13 +62,15 @@ def test_each_formula_names_its_function_and_its_test():
 
 def test_everything_public_is_in_the_reference():
     documented = {name for text in PAGES.values() for name in DIRECTIVES.findall(text)}
-    public = {f"flaxbn.{name}" for name in imported_names(flaxbn)} - {"flaxbn.diagnostics"}
+    public = {f"flaxbn.{name}" for name in imported_names(flaxbn)} - {"flaxbn.diagnostics", "flaxbn.linen"}
     public |= {f"flaxbn.diagnostics.{name}" for name in imported_names(flaxbn.diagnostics)}
     assert public - documented == set()
 
 
 def imported_names(module):
-    imports = (node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ImportFrom))
+    imports = (
+        node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    )
     return [name.asname for node in imports for name in node.names if name.asname]
 
 
