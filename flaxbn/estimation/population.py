@@ -197,21 +197,13 @@ def population_moments(
         >>> int(merged.count[0]), merged.mean.tolist()
         (6, [5.0, 6.0])
     """
+    options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "rngs": rngs}
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
-        asked = request(
-            model,
-            variables,
-            call=call,
-            sample_weight=sample_weight,
-            only=only,
-            sharding=sharding,
-            normalization_batch=normalization_batch,
-            rngs=rngs,
-        )
+        asked = request(model, variables, sharding=sharding, normalization_batch=normalization_batch, **options)
         _check_method(method, memory_limit, normalization_batch, earlier)
-        if not isinstance(batches, Iterator):
-            check_concrete("batches", batches if batch_size is not None or isinstance(batches, list) else None)
+        if batch_size is not None or isinstance(batches, list):
+            check_concrete("batches", None if isinstance(batches, Iterator) else batches)
         before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
         return asked, open_batches(batches, batch_size, num_samples), before
 

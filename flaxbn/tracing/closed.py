@@ -7,7 +7,8 @@ import jax
 from jax.extend import core as jex
 
 from flaxbn.tracing.jaxpr import evaluate, interpret, opened, subjaxprs
-from flaxbn.tracing.program import Program, is_open
+from flaxbn.tracing.kinds import is_open
+from flaxbn.tracing.program import Program
 
 
 def with_own_constants(program: Program, args: Sequence[Any]) -> Program:

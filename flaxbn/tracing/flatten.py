@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from flaxbn.tracing.jaxpr import evaluate, interpret
+from flaxbn.tracing.kinds import has_tap, kind_of
 from flaxbn.tracing.primitive import tap_p
-from flaxbn.tracing.program import Program, has_tap, kind_of, run_steps
+from flaxbn.tracing.program import Program, run_steps
 
 # Each call begins a segment that is compiled by itself, in about 0.1 s: with more, compiling would take minutes.
 _MOST_CALLS = 512

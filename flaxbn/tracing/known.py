@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from flaxbn.tracing.jaxpr import evaluate, interpret
+from flaxbn.tracing.kinds import can_be_opened, has_tap, kind_of
 from flaxbn.tracing.primitive import tap_p
-from flaxbn.tracing.program import Program, can_be_opened, has_tap, kind_of, run_steps
+from flaxbn.tracing.program import Program, run_steps
 
 _TYPE_CHANGES = ("pvary", "pcast")  # within jax.shard_map: identities
 

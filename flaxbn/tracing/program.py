@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.tracing.jaxpr import as_function, interpret, is_variable, opened, subjaxprs
+from flaxbn.tracing.kinds import has_tap, kind_of, tap_equations
 from flaxbn.tracing.primitive import OnTap, as_tap, tap_p
 
 
@@ -239,63 +240,3 @@ def _without_gradient(x: Array, rule: str) -> Array:
         )
 
     return identity(x)
-
-
-_KINDS = {
-    "jit": "inline",
-    "pjit": "inline",
-    "closed_call": "inline",
-    "core_call": "inline",
-    "checkpoint": "remat",
-    "remat": "remat",
-    "remat2": "remat",
-    "custom_jvp_call": "custom",
-    "custom_vjp_call": "custom",
-    "custom_vjp_call_jaxpr": "custom",
-    "scan": "scan",
-    "cond": "cond",
-}
-
-
-def kind_of(eqn: Any) -> str:
-    """How to run an equation with taps inside.
-
-    Returns:
-        "inline": its program stands for it; "remat" and "custom", which matter to gradients; "scan"; or "cond".
-
-    Raises:
-        ValueError: if it is none of these, a `while` loop for example, which keeps no record of its steps.
-    """
-    name = eqn.primitive.name
-    if name not in _KINDS:
-        inside = next(e for j in subjaxprs(eqn) for e in tap_equations(opened(j)))
-        raise ValueError(
-            f"A batch-norm layer must not lie inside `{name}`, where its statistics cannot be chosen from outside: "
-            f"got {inside.params['layer']}. Use `nn.scan` in the place of a `while` loop, and call the model outside "
-            "of `shard_map`."
-        )
-    return _KINDS[name]
-
-
-def can_be_opened(eqn: Any) -> bool:
-    """Whether an equation is one whose inside can be run by itself, as `kind_of` tells how."""
-    return eqn.primitive.name in _KINDS
-
-
-def is_open(eqn: Any) -> bool:
-    """Whether the program inside an equation can stand for it, where no gradient is taken."""
-    return _KINDS.get(eqn.primitive.name) in ("inline", "custom")
-
-
-def tap_equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of the primitive, in order, wherever they lie: that order is how sites are numbered."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is tap_p:
-            yield eqn
-        for inner in subjaxprs(eqn):
-            yield from tap_equations(opened(inner))
-
-
-def has_tap(eqn: Any) -> bool:
-    """Whether an equation is a tap or has one inside."""
-    return eqn.primitive is tap_p or any(True for j in subjaxprs(eqn) for _ in tap_equations(opened(j)))
