@@ -46,7 +46,7 @@ def test_the_statistics_are_those_of_one_core(threads):
     first = estimate()
     assert threads <= {threading.main_thread()}
     second = estimate()
-    assert len(threads - {threading.main_thread()}) > 1
+    assert threads - {threading.main_thread()}  # one of them may be fast enough to do all
     expected = by_training_mode(MODEL, VARIABLES, [X[k::41] for k in range(41)], train)
     for found in (first, second):
         assert_same_statistics(found, expected)
