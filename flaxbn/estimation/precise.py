@@ -41,7 +41,7 @@ class Pass:
         chunk: how many batches have their moments merged at once.
         scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of so many batches
             along a leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
-        has_run: the numbers of batches that `scan` was compiled for.
+        has_run: the numbers of batches, and of samples in all, that `scan` was compiled for.
         step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
             buffer.
     """
@@ -52,7 +52,7 @@ class Pass:
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
-        self.has_run: set[int] = set()
+        self.has_run: set[tuple[int, int]] = set()
         self.step = jax.jit(self._step, donate_argnums=0)
         self._like: tuple[Hashable, list[Moments]] | None = None
 
@@ -185,8 +185,8 @@ def _on_cores(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: 
     """
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
-    sample_bytes = sum(a.nbytes for a in leaves) // max(len(leaves[0]), 1)
-    cores = cores_for(leaves[0].devices(), len(places), places.size * sample_bytes)
+    samples = len(leaves[0])
+    cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // samples)
     size = min(-(-len(places) // cores), compiled.chunk)
     parts = [(first + i, places[i : i + size]) for i in range(0, len(places), size)]
 
@@ -195,11 +195,11 @@ def _on_cores(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: 
         room_for_all = np.pad(own, ((0, size - len(own)), (0, 0)))
         return compiled.scan(*args, room_for_all, len(own), None, begin)
 
-    if cores > 1 and size in compiled.has_run:
+    if cores > 1 and (size, samples) in compiled.has_run:
         packed = side_by_side(run, parts, cores, tracing_options)
     else:  # the first call compiles, once
         packed = [run(part) for part in parts]
-    compiled.has_run.add(size)
+    compiled.has_run.add((size, samples))
     return [compiled.pending(range(begin, begin + len(own)), p) for (begin, own), p in zip(parts, packed)]
 
 

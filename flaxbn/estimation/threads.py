@@ -6,7 +6,7 @@ which it was started; programs of several threads run side by side.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,11 +18,14 @@ _MOST = 8  # each thread holds the activations of a batch, and XLA uses the core
 _LEAST_BYTES = 2**20  # of data for each thread; below, starting it takes longer than it saves
 
 
-def cores_for(devices: Iterable[jax.Device], batches: int, nbytes: int) -> int:
-    """Into how many parts so many batches, of so many bytes in all, are worth cutting: 1 on an accelerator."""
-    if any(device.platform != "cpu" for device in devices):
-        return 1
-    return max(1, min(_cores(), _MOST, batches // 2, nbytes // _LEAST_BYTES))
+def cores_for(arguments: Any, batches: int, nbytes: int) -> int:
+    """Into how many parts so many batches, of so many bytes in all, are worth cutting.
+
+    Where the arguments lie on an accelerator it is 1, and where they lie on several devices, too: programs that talk to
+    each other over the same devices, started by several threads, would wait for each other for ever.
+    """
+    cores = min(_cores(), _MOST, batches // 2, nbytes // _LEAST_BYTES)
+    return cores if cores > 1 and _on_one_cpu(arguments) else 1
 
 
 def side_by_side(compute: Callable[[T], Any], parts: Sequence[T], cores: int, look: Callable[[], Any]) -> list[Any]:
@@ -35,6 +38,12 @@ def side_by_side(compute: Callable[[T], Any], parts: Sequence[T], cores: int, lo
         if pool.submit(look).result() == look():
             return [*pool.map(lambda part: jax.block_until_ready(compute(part)), parts)]
     return [compute(part) for part in parts]
+
+
+def _on_one_cpu(arguments: Any) -> bool:
+    arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
+    devices = set().union(*(a.devices() for a in arrays))
+    return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
 def _cores() -> int:

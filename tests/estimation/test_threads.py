@@ -80,4 +80,14 @@ def test_what_a_thread_raises_is_raised():
     [(100, 2**30, CORES), (5, 2**30, 2), (1, 2**30, 1), (100, 2**21, 2), (100, 10, 1)],
 )
 def test_how_many(batches, nbytes, cores):
-    assert cores_for(jax.devices("cpu")[:1], batches, nbytes) == cores
+    assert cores_for(jax.device_put(X[:1], jax.devices("cpu")[0]), batches, nbytes) == cores
+
+
+def test_several_devices_are_no_work_for_threads(threads, devices):
+    """Their programs exchange what they find, in the order in which they were started."""
+    spread = jax.device_put(X[:4096], flaxbn.data_sharding())
+    assert cores_for((VARIABLES, spread), 100, 2**30) == 1
+    for _ in range(2):
+        found = estimate(spread)
+    assert threads <= {threading.main_thread()}
+    assert_same_statistics(found, by_training_mode(MODEL, VARIABLES, [X[k:4096:41] for k in range(41)], train))
