@@ -95,7 +95,9 @@ are too few to say that their order did it |
 
     After one of the first two nothing else is looked at. *Far* is what changes a layer's output by more than the noise
     of a batch does, `Drift.share` against `BatchNoise.share`: training has shown the network that much in every step;
-    by more than a thousandth of its variance; and by more than three standard errors of the estimate.
+    by more than a thousandth of its variance; and by more than three standard errors of the estimate. The
+    population is that of batches as in training or, of arrays, of batches as an estimate cuts them, where the stored
+    statistics are much closer to that.
 
     Layers of `BatchRenorm` are never found to have such batches: they put out what the running average makes of their
     input.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ConvNet, Flattened, MaskedLayer, Noisy, OneLayer
-from oracle import assert_same_statistics, by_training_mode, merged
+from oracle import assert_same_statistics, by_training_mode, merged, one_oracle
 
 import flaxbn
 
@@ -47,11 +47,6 @@ def precise_oracle(batches):
             found.append((x.size / 4, mean, var))
             x = np.maximum((x - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"], 0)
     return {k: dict(zip(("mean", "var"), merged(*zip(*v)))) for k, v in statistics.items()}
-
-
-def one_oracle(x):
-    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-    return {"norm": {"mean": x.mean(0), "var": x.var(0)}}
 
 
 def test_arrays_match_the_oracle():
