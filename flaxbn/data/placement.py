@@ -115,6 +115,12 @@ def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:
     return jax.set_mesh(Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=sharding.mesh.axis_types))
 
 
+def on_accelerator(tree: Any) -> bool:
+    """Whether arrays lie on devices that are no CPUs."""
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return any(device.platform != "cpu" for array in arrays for device in array.devices())
+
+
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:
     """The free memory of the device that has least; None where a device does not tell."""
     stats = [device.memory_stats() or {} for device in devices]

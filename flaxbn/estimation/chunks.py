@@ -27,14 +27,16 @@ def put(buffer: Any, slot: Any, moments: Any) -> Any:
 
 
 class Ahead:
-    """Lets the host prepare at most so many batches more than the device has done: memory is the limit."""
+    """Lets the host prepare at most so many batches more than the device has done; None: as many as there are."""
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int | None) -> None:
         self._batches = batches
         self._tokens: deque[Any] = deque()
 
     def started(self, token: Any) -> None:
         """To be called for each batch, with an array that is ready when the batch is done."""
+        if self._batches is None:
+            return
         self._tokens.append(token)
         if len(self._tokens) > self._batches:
             jax.block_until_ready(self._tokens.popleft())

@@ -21,7 +21,7 @@ from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merg
 from flaxbn.estimation.request import Request, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
-from flaxbn.estimation.threads import cores_for, side_by_side
+from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.linen import Call
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
@@ -39,9 +39,10 @@ class Pass:
         calls: the calls of the wanted layers in the traced model.
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
-        scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of so many batches
-            along a leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them.
-        has_run: the numbers of batches, and of samples in all, that `scan` was compiled for.
+        scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of batches along a
+            leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them; of the
+            first `count` only, where that is given.
+        has_run: the numbers of batches, and of samples in all, that `scan` was compiled for before threads ran it.
         step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
             buffer.
     """
@@ -130,7 +131,8 @@ class Pass:
 
         most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
         _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
-        return _merge(jax.lax.fori_loop(0, count, step, room(like, most)), by_device=self.layout.by_device)
+        steps = most if count is None else count  # one that is known is no question to an accelerator after each step
+        return _merge(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
 
     def _step(self, buffer: list[Moments], slot: Any, closed: Closed, *args: Any) -> tuple[list[Moments], Array]:
         *_, step = args
@@ -165,42 +167,52 @@ def _scan_arrays(asked: Request, data: Arrays) -> list[Pending]:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
-            results += _on_cores(compiled, (closed, variables, rngs, arrays), places, first)
+            results += _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
         else:
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
                 batches = jax.device_put(data.take(chunk), by_step(options.sharding))
                 steps = range(first, first + len(chunk))
-                packed = compiled.scan(closed, variables, rngs, batches, None, len(chunk), present, first)
+                packed = compiled.scan(closed, variables, rngs, batches, None, None, present, first)
                 results.append(compiled.pending(steps, packed))
                 first += len(chunk)
         first = results[-1].steps[-1] + 1
     return results
 
 
-def _on_cores(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> list[Pending]:
-    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
-
-    All parts have room for the same number of batches, so they are one program; the merged result depends on how many
-    there are by rounding only.
-    """
+def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> list[Pending]:
+    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores."""
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
     samples = len(leaves[0])
     cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // samples)
-    size = min(-(-len(places) // cores), compiled.chunk)
-    parts = [(first + i, places[i : i + size]) for i in range(0, len(places), size)]
+    parts = np.array_split(places, max(cores, -(-len(places) // compiled.chunk)))
+    firsts = [first + begin for begin in np.cumsum([0, *map(len, parts)]).tolist()]
+    if cores > 1:
+        packed = _on_cores(compiled, args, parts, firsts, cores)
+    else:
+        packed = [compiled.scan(*args, part, None, None, begin) for begin, part in zip(firsts, parts)]
+    return [compiled.pending(range(begin, begin + len(own)), p) for begin, own, p in zip(firsts, parts, packed)]
+
+
+def _on_cores(compiled: Pass, args: Any, parts: list[np.ndarray], firsts: list[int], cores: int) -> list[list[Array]]:
+    """Parts by threads; the merged result depends on how many there are by rounding only.
+
+    All have room for the same number of batches, so they are one program, which is compiled here: each thread would do
+    so by itself.
+    """
+    samples = len(jax.tree.leaves(args)[-1])
+    size = len(parts[0])
 
     def run(part: tuple[int, np.ndarray]) -> list[Array]:
         begin, own = part
         room_for_all = np.pad(own, ((0, size - len(own)), (0, 0)))
         return compiled.scan(*args, room_for_all, len(own), None, begin)
 
-    if cores > 1 and (size, samples) in compiled.has_run:
-        packed = side_by_side(run, parts, cores, tracing_options)
-    else:  # the first call compiles, once
-        packed = [run(part) for part in parts]
-    compiled.has_run.add((size, samples))
-    return [compiled.pending(range(begin, begin + len(own)), p) for (begin, own), p in zip(parts, packed)]
+    if (size, samples) not in compiled.has_run:
+        run((firsts[0], parts[0][:0]))
+        compiled.has_run.add((size, samples))
+    with Cores(cores, tracing_options) as threads:
+        return threads.each(run, list(zip(firsts, parts)))
 
 
 def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
@@ -276,5 +288,5 @@ def batch_moments(
     for step, batch in enumerate(batches):
         source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
-        found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, 1, None, step))
+        found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, None, None, step))
         yield checked_tree(merged_by_layer(fetched([found]), asked.layers), asked.wanted, keep_unseen=True)

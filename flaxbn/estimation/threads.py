@@ -1,4 +1,4 @@
-"""Batches of a precise pass on the cores of a CPU, by threads.
+"""Batches of one pass on the cores of a CPU, by threads.
 
 What measures a layer splits the convolutions that XLA would spread over all cores, and its reductions run on one.
 Batches do not depend on each other, so the cores may as well take batches. What one thread starts runs in the order in
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 _MOST = 8  # each thread holds the activations of a batch, and XLA uses the cores within one, too
@@ -28,16 +29,42 @@ def cores_for(arguments: Any, batches: int, nbytes: int) -> int:
     return cores if cores > 1 and _on_one_cpu(arguments) else 1
 
 
-def side_by_side(compute: Callable[[T], Any], parts: Sequence[T], cores: int, look: Callable[[], Any]) -> list[Any]:
-    """`compute` of each part, by so many threads, in the order of the parts.
+class Cores:
+    """So many threads, for one list of parts after the other; a context manager, with which they end.
 
     Options of jax that a context manager sets hold for one thread. Where `look()` sees others in a thread than here,
     the parts are computed one after the other, here.
+
+    Attributes:
+        number: into how many parts a list of batches is to be cut.
     """
-    with ThreadPoolExecutor(cores) as pool:
-        if pool.submit(look).result() == look():
-            return [*pool.map(lambda part: jax.block_until_ready(compute(part)), parts)]
-    return [compute(part) for part in parts]
+
+    def __init__(self, number: int, look: Callable[[], Any]) -> None:
+        self.number = number
+        self._look = look
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Cores":
+        if self.number > 1:
+            pool = ThreadPoolExecutor(self.number)
+            if pool.submit(self._options).result() == self._options():
+                self._pool = pool
+            else:
+                pool.shutdown()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def each(self, compute: Callable[[P], T], parts: Sequence[P]) -> list[T]:
+        """`compute` of each part, in the order of the parts; from a thread, once it is there."""
+        if self._pool is None or len(parts) < 2:
+            return [compute(part) for part in parts]
+        return [*self._pool.map(lambda part: jax.block_until_ready(compute(part)), parts)]
+
+    def _options(self) -> Any:
+        return self._look(), jax.sharding.get_abstract_mesh()
 
 
 def _on_one_cpu(arguments: Any) -> bool:

@@ -9,7 +9,7 @@ from models import MLP, train
 from oracle import assert_same_statistics, by_training_mode
 
 import flaxbn
-from flaxbn.estimation.threads import cores_for, side_by_side
+from flaxbn.estimation.threads import Cores, cores_for
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (4097, 256)).astype(np.float32)  # 4 MiB: worth two threads and more
 MODEL = MLP((8, 6))
@@ -42,37 +42,54 @@ def estimate(x=X, **options):
 
 
 def test_the_statistics_are_those_of_one_core(threads):
-    """41 batches of 100 or 99: the first call compiles and runs them here, the second in threads."""
+    """41 batches of 100 or 99; the first call compiles here, and runs them in threads as any other."""
     first = estimate()
-    assert threads <= {threading.main_thread()}
-    second = estimate()
     assert threads - {threading.main_thread()}  # one of them may be fast enough to do all
+    second = estimate()
+    jax.tree.map(np.testing.assert_array_equal, first, second)
     expected = by_training_mode(MODEL, VARIABLES, [X[k::41] for k in range(41)], train)
     for found in (first, second):
         assert_same_statistics(found, expected)
 
 
-def test_options_that_hold_for_one_thread(threads):
+def test_exact_statistics_are_those_of_one_core(threads, monkeypatch):
+    found = estimate(method="exact")
+    assert threads - {threading.main_thread()}
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert_same_statistics(found, estimate(method="exact"))
+    assert_same_statistics(found, by_training_mode(MODEL, VARIABLES, [X], train))
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+def test_options_that_hold_for_one_thread(threads, method):
     with jax.default_matmul_precision("highest"):
-        found = [estimate() for _ in range(2)]
+        found = [estimate(method=method) for _ in range(2)]
     assert threads <= {threading.main_thread()}
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-def test_an_error_names_the_batch():
+@pytest.mark.parametrize("method", ["precise", "exact"])
+@pytest.mark.parametrize("batch", [7, 40])
+def test_an_error_names_the_batch(method, batch):
     x = X.copy()
-    x[7 + 2 * 41] = np.nan
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"not in batch 7 \(counted from 0\)"):
-            estimate(x)
+    x[batch + 41] = np.nan
+    with pytest.raises(ValueError, match=rf"not in batch {batch} \(counted from 0\)"):
+        estimate(x, method=method)
 
 
 def test_what_a_thread_raises_is_raised():
     def fail(part):
         raise ZeroDivisionError(part)
 
-    with pytest.raises(ZeroDivisionError, match="1"):
-        side_by_side(fail, [1, 2], 2, lambda: None)
+    with Cores(2, lambda: None) as cores, pytest.raises(ZeroDivisionError, match="1"):
+        cores.each(fail, [1, 2])
+
+
+def test_threads_end_with_the_estimate():
+    before = threading.active_count()
+    with Cores(2, lambda: None) as cores:
+        assert cores.each(lambda part: part + 1, [1, 2]) == [2, 3]
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream
 from flaxbn.data.processes import gather, on_all
-from flaxbn.estimation.exact.layer_by_layer import Batch, run
+from flaxbn.estimation.exact.layer_by_layer import run
 from flaxbn.estimation.exact.plan import plan_batches
 from flaxbn.estimation.exact.prepare import prepare_batches
+from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.exact.verify import IndependenceCheck
 from flaxbn.estimation.layer_moments import Result, check_finite
 from flaxbn.estimation.request import Request

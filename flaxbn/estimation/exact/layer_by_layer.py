@@ -1,7 +1,6 @@
 """All batches in lockstep: every one up to the input of a layer, and on with the statistics of all."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,49 +8,14 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.placement import placed
 from flaxbn.data.processes import gather, on_all
-from flaxbn.estimation.calls import Closed
-from flaxbn.estimation.chunks import Ahead
-from flaxbn.estimation.exact.segments import Segments, Values
-from flaxbn.estimation.layer_moments import merge_steps
-from flaxbn.estimation.request import Request
+from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
+from flaxbn.estimation.request import Request, tracing_options
+from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.batch_stats import all_entries, flat_statistics
 from flaxbn.tracing.measure import replace_seen
 
-_AHEAD = 1  # fresh memory for what is kept costs more than waiting does; further ahead it piles up
-
-_merge_steps = jax.jit(merge_steps)
 _replace_seen = jax.jit(replace_seen)
-
-
-@jax.jit
-def _merge_chunks(chunks: Sequence[Any]) -> tuple[Moments, list[Array]]:
-    """The moments of all chunks, and where in each the first ones lie that are not finite."""
-    return merge(*(moments for (moments,), _ in chunks)), [bad for _, (bad,) in chunks]
-
-
-@dataclass
-class Batch:
-    """One batch on its way.
-
-    Attributes:
-        number: its place in the data, from 0.
-        size: its samples, without padding.
-        read: gives its arrays.
-        segments: what runs it.
-        closed: the arrays that these take besides.
-        values: what is kept of it at the last kept boundary; None where that is the data.
-        weights: the weights of its samples, once it has been read.
-    """
-
-    number: int
-    size: int
-    read: Callable[[], Any]
-    segments: Segments
-    closed: Closed
-    values: Values | None = None
-    weights: Array | None = None
 
 
 class Found(NamedTuple):
@@ -68,48 +32,38 @@ class Found(NamedTuple):
     first_bad: list[int]
 
 
-class Stage(NamedTuple):
-    """The step of a run in which all batches get to the input of one call.
-
-    Attributes:
-        asked: the request.
-        shared: what holds for all batches, for each set of segments, by its id.
-        base: the call from whose boundary batches start: what lives there is kept, or it is the data.
-        call: the call whose input is measured.
-        keeps: whether what lives after it is kept.
-    """
-
-    asked: Request
-    shared: Mapping[int, Values]
-    base: int
-    call: int
-    keeps: bool
-
-
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found:
-    """All batches through one call after the other; blocks, and merges over processes, once for each call."""
+    """All batches through one call after the other, merged over processes once for each call."""
     by_segments = {id(batch.segments): batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
-    found = Found([], [], [])
+    moments, statistics, measured = [], [], []
     base = 0
-    for call, keeps in enumerate(kept):
-        entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
-        moments, first_bad = _measure_everywhere(Stage(asked, shared, base, call, keeps), batches, entries, defaults)
-        stored_mean, stored_var = (a[entries - 1] for a in defaults)
-        if not np.iscomplexobj(moments.mean):
-            stored_mean = stored_mean.real  # in one array with the means of complex layers it became complex
-        mean, var = _replace_seen(stored_mean, stored_var, moments)
-        found.moments.append(moments)
-        found.statistics.append((mean, var))
-        found.first_bad.append(first_bad)
-        for key, one in by_segments.items():
-            shared[key] |= one.segments.segments[call].statistics(mean, var)
-        if keeps and base == 0:
-            for batch in batches:
-                batch.read = _already_read
-        base = call + 1 if keeps else base
-    return found
+    with Cores(_cores_for(asked, batches), tracing_options) as cores:
+        for call, keeps in enumerate(kept):
+            entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
+            stage = Stage(asked, shared, base, call, keeps)
+            merged, own = _measure_everywhere(stage, batches, cores, entries, defaults)
+            stored_mean, stored_var = (a[entries - 1] for a in defaults)
+            if not np.iscomplexobj(merged.mean):
+                stored_mean = stored_mean.real  # in one array with the means of complex layers it became complex
+            mean, var = _replace_seen(stored_mean, stored_var, merged)
+            moments.append(merged)
+            statistics.append((mean, var))
+            measured.append(own)
+            for key, one in by_segments.items():
+                shared[key] |= one.segments.segments[call].statistics(mean, var)
+            if keeps and base == 0:
+                for batch in batches:
+                    batch.read = _already_read
+            base = call + 1 if keeps else base
+    return Found(moments, statistics, [-1 if own is None else own.first_bad() for own in measured])
+
+
+def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
+    largest = sum(max(map(batch.segments.bytes, range(len(batch.segments.layers)))) for batch in batches)
+    arguments = asked.variables, [batch.closed for batch in batches]
+    return cores_for(arguments, len(batches), largest)
 
 
 def moments_with(asked: Request, batch: Batch, statistics: Sequence[tuple[Array, Array]]) -> list[Moments]:
@@ -130,71 +84,22 @@ def _already_read() -> Any:
 
 
 def _measure_everywhere(
-    stage: Stage, batches: Sequence[Batch], entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
-) -> tuple[Moments, int]:
-    """The moments of one call, merged over processes, some of which may have no data; the first bad batch here."""
+    stage: Stage, batches: Sequence[Batch], cores: Cores, entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
+) -> tuple[Moments, Measured | None]:
+    """The moments of one call, merged over processes, some of which may have no data; and what was measured here."""
     if jax.process_count() == 1:
-        return _measure(stage, batches)
+        measured = measure(stage, batches, cores)
+        return measured.moments, measured
 
-    def by_entry() -> tuple[Moments, int]:
+    def by_entry() -> tuple[Moments, Measured | None]:
         default_mean, default_var = defaults
-        fields, first_bad = [np.zeros_like(a) for a in (default_var, default_mean, default_var)], -1
-        if batches:
-            moments, first_bad = jax.device_get(_measure(stage, batches))
-            for field, values in zip(fields, moments):
+        fields = [np.zeros_like(a) for a in (default_var, default_mean, default_var)]
+        measured = measure(stage, batches, cores) if batches else None
+        if measured is not None:
+            for field, values in zip(fields, jax.device_get(measured.moments)):
                 field[entries - 1] = values
-        return Moments(*fields), first_bad  # type: ignore[arg-type]
+        return Moments(*fields), measured  # type: ignore[arg-type]
 
-    moments, first_bad = on_all(by_entry)
+    moments, own = on_all(by_entry)
     everywhere = merge(*gather(moments))
-    return Moments(*(field[entries - 1] for field in everywhere)), first_bad
-
-
-def _measure(stage: Stage, batches: Sequence[Batch]) -> tuple[Moments, int]:
-    """The merged moments of one call's input in all batches, and the first batch that has some that are not finite."""
-    rows = batches[0].segments.segments[stage.call].rows
-    ahead = Ahead(_AHEAD if stage.base == stage.call else 0)
-    chunks: list[Any] = []
-    for batch in batches:
-        slot = batch.number % rows
-        if slot == 0:
-            buffer = batch.segments.segments[stage.call].empty()
-        buffer, done = _measure_batch(stage, batch, buffer, slot)
-        if slot == rows - 1 or batch is batches[-1]:
-            chunks.append(_merge_steps([buffer]))
-        ahead.started(done)
-    moments, bad = _merge_chunks(chunks)
-    return moments, next((i * rows + int(b) for i, b in enumerate(bad) if b >= 0), -1)
-
-
-def _measure_batch(stage: Stage, batch: Batch, buffer: Moments, slot: int) -> tuple[Moments, Array]:
-    """The buffer with the moments of one batch, which then holds what the stage keeps; and a token."""
-    segment = batch.segments.segments[stage.call]
-    shared = stage.shared[id(batch.segments)]
-    values = _values(stage, batch, shared)
-    retained: Values = {} if stage.keeps or batch.values is None else batch.values
-    if stage.keeps:
-        batch.values = None  # what is not needed any more may be overwritten
-    buffer, made, done = segment.measure(values, shared, retained, batch.weights, buffer, slot)
-    if stage.keeps:
-        batch.values = {v: a for v, a in values.items() if v not in segment.dead} | made
-    return buffer, done
-
-
-def _values(stage: Stage, batch: Batch, shared: Values) -> Values:
-    """What lives of a batch before a call, computed from what is kept."""
-    values = fetch(stage.asked, batch) if batch.values is None else dict(batch.values)
-    for segment in batch.segments.segments[stage.base : stage.call]:
-        made = segment.advance(values, shared)
-        values = {v: a for v, a in values.items() if v not in segment.dead} | made
-    return values
-
-
-def fetch(asked: Request, batch: Batch) -> Values:
-    """Reads a batch, and the weights of its samples."""
-    whole, present = placed(batch.read(), asked.options.sharding)
-    if batch.weights is None:
-        batch.weights = batch.segments.sample_weights(batch.closed, whole, present)
-    keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
-    values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
-    return {v: values[v] for v in batch.segments.live[0]}
+    return Moments(*(field[entries - 1] for field in everywhere)), own

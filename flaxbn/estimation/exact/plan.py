@@ -16,9 +16,9 @@ from flaxbn.data.batches import (
     open_batches,
 )
 from flaxbn.data.placement import free_bytes, own_mesh, shards
-from flaxbn.estimation.exact.layer_by_layer import Batch
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
+from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.request import Request, request
 from flaxbn.layers.names import layer_name
 from flaxbn.models.linen import Call

@@ -11,8 +11,8 @@ from flaxbn.data.batches import Source, abstract, count_samples
 from flaxbn.data.placement import padding, shards
 from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.compiled import shapes_of
-from flaxbn.estimation.exact.layer_by_layer import Batch
 from flaxbn.estimation.exact.segments import Segments
+from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.tracing.flatten import unroll

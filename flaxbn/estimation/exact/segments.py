@@ -81,6 +81,7 @@ class Segment:
     Attributes:
         work: how much it computes.
         dead: which variables of a batch nobody needs afterwards.
+        has_run: whether `measure` was called, so that it is compiled.
     """
 
     def __init__(self, whole: Segments, call: int, stage: Sequence[int], made_by: Mapping[Any, int]) -> None:
@@ -103,6 +104,7 @@ class Segment:
         self._shared = [v for v in outside if v not in before]
         self._operands = operands
         self._spent = _spent([v for v in self._read if v in self.dead and v not in whole.inputs], self._made)
+        self.has_run = False
 
     def measure(
         self, values: Values, shared: Values, retained: Values, weights: Array | None, buffer: Moments, slot: int
@@ -115,6 +117,7 @@ class Segment:
         kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
         given = [shared[v] for v in self._shared]
         buffer, made, done = self._measure(spent, kept, given, weights, buffer, slot)
+        self.has_run = True
         return buffer, dict(zip(self._made, made)), done
 
     def advance(self, values: Values, shared: Values) -> Values:

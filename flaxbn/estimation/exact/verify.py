@@ -14,7 +14,8 @@ from flaxbn.data.batches import count_samples
 from flaxbn.data.placement import replicated
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.compiled import Layout, shapes_of
-from flaxbn.estimation.exact.layer_by_layer import Batch, fetch, moments_with
+from flaxbn.estimation.exact.layer_by_layer import moments_with
+from flaxbn.estimation.exact.stage import Batch, fetch
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.models.independence import check_parts, split
