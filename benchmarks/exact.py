@@ -29,48 +29,14 @@ import flax.linen as nn
 import harness
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
-import population
 import tables
 
 import flaxbn
 
-
-class CNN(nn.Module):
-    """Four convolutions."""
-
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for features, stride in ((16, 1), (32, 2), (64, 2), (64, 1)):
-            x = nn.Conv(features, (3, 3), (stride, stride), use_bias=False)(x)
-            x = nn.relu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-class ResNet50(nn.Module):
-    """Its bottleneck blocks, an eighth as wide, for small images."""
-
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        norm = functools.partial(self.norm, use_running_average=not train)
-        conv = functools.partial(nn.Conv, kernel_size=(1, 1), use_bias=False)
-        x = nn.relu(norm()(conv(8, kernel_size=(3, 3))(x)))
-        for features, blocks, first_stride in ((8, 3, 1), (16, 4, 2), (32, 6, 2), (64, 3, 2)):
-            for stride in (first_stride, *[1] * (blocks - 1)):
-                y = nn.relu(norm()(conv(features)(x)))
-                y = nn.relu(norm()(conv(features, kernel_size=(3, 3), strides=stride)(y)))
-                y = norm()(conv(4 * features)(y))
-                if y.shape != x.shape:
-                    x = norm()(conv(4 * features, strides=stride)(x))
-                x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-MODELS = {"CNN": (CNN, [32]), "ResNet-20": (population.ResNet20, [32, 128]), "ResNet-50": (ResNet50, [32])}
+CNN = functools.partial(networks.CNN, layers=((16, 1), (32, 2), (64, 2), (64, 1)))
+MODELS = {"CNN": (CNN, [32]), "ResNet-20": (networks.ResNet20, [32, 128]), "ResNet-50": (networks.ResNet50, [32, 128])}
 LIMITS = {"none": None, "60 %": 0.6, "25 %": 0.25}
 BASELINES = ("precise", "evaluation")
 MIB = 2**20
@@ -219,7 +185,7 @@ def main() -> None:
     parser.add_argument("--cold-rounds", type=int, default=3, help="new processes for the first call of each method")
     parser.add_argument("--images", type=int, default=1280, help="a multiple of each batch size")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="by default 32, and for ResNet-20 also 128")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="by default 32, and for the deeper ones also 128")
     parser.add_argument("--no-save", action="store_true", help="only print the tables")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

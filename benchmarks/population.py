@@ -22,46 +22,13 @@ import flax.linen as nn
 import harness
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxbn
 
-
-class CNN(nn.Module):
-    """Three convolutions."""
-
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for features, stride in ((16, 1), (32, 2), (64, 2)):
-            x = nn.Conv(features, (3, 3), (stride, stride), use_bias=False)(x)
-            x = nn.relu(self.norm(use_running_average=not train)(x))
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-class ResNet20(nn.Module):
-    """That of CIFAR-10, with nine blocks of two convolutions."""
-
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        norm = functools.partial(self.norm, use_running_average=not train)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False)
-        x = nn.relu(norm()(conv(16)(x)))
-        for features, first_stride in ((16, 1), (32, 2), (64, 2)):
-            for stride in (first_stride, 1, 1):
-                y = nn.relu(norm()(conv(features, strides=stride)(x)))
-                y = norm()(conv(features)(y))
-                if y.shape != x.shape:
-                    x = norm()(conv(features, kernel_size=(1, 1), strides=stride)(x))
-                x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-MODELS = {"CNN": (CNN, (28, 28, 1)), "ResNet-20": (ResNet20, (32, 32, 3))}
+MODELS = {"CNN": (networks.CNN, (28, 28, 1)), "ResNet-20": (networks.ResNet20, (32, 32, 3))}
 BATCH_SIZE = 128
 
 
