@@ -116,9 +116,9 @@ def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:
 
 
 def on_accelerator(tree: Any) -> bool:
-    """Whether arrays lie on devices that are no CPUs."""
-    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-    return any(device.platform != "cpu" for array in arrays for device in array.devices())
+    """Whether arrays lie on devices that are no CPUs; all of them lie on devices of one kind."""
+    first = jax.tree.leaves(tree)[0]
+    return next(iter(first.devices())).platform != "cpu"
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int | None:

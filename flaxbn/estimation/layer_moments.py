@@ -1,16 +1,12 @@
 """What a pass over data ends with: merged moments, and where they are not finite."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from flaxbn.arithmetic.moments import Moments, merge_along
+from flaxbn.arithmetic.moments import Moments
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import Path, StoredLayers, as_tree, collect, name_unseen
 
@@ -31,15 +27,6 @@ class Result(NamedTuple):
     first_bad: Sequence[int]
 
 
-class Pending(NamedTuple):
-    """The same on the device, where it may not be computed yet; `moments` and `first_bad` as `pack` packs them."""
-
-    entries: list[np.ndarray]
-    steps: Sequence[int]
-    packed: list[Array]
-    is_complex: list[bool]
-
-
 class NotFiniteError(ValueError):
     """Moments of a layer that hold NaN or infinities."""
 
@@ -53,47 +40,6 @@ class NotFiniteError(ValueError):
     def __reduce__(self) -> Any:
         """Pickled as it is made, for other processes."""
         return type(self), (self.layer, self._step)
-
-
-def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
-    """For each tap its moments along the leading axis merged, and where the first ones lie that are not finite."""
-
-    def first_bad(moments: Moments) -> Array:
-        finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-        finite = jnp.all(finite.reshape(len(finite), -1), 1)
-        return jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
-
-    return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
-
-
-def pack(moments: Sequence[Moments], first_bad: Any) -> list[Array]:
-    """All moments, and a number for each, as one array of real numbers, and if need be one of complex means.
-
-    Every array that leaves a device is a transfer of its own, and takes as long for one number as for thousands.
-    """
-    real = [field for m in moments for field in m if not jnp.iscomplexobj(field)]
-    complex_means = [m.mean for m in moments if jnp.iscomplexobj(m.mean)]
-    kinds = [[*real, jnp.asarray(first_bad, jnp.float32)], *([complex_means] if complex_means else [])]
-    return [jnp.concatenate([jnp.ravel(array) for array in kind]) for kind in kinds]
-
-
-def fetched(results: Sequence[Pending]) -> list[Result]:
-    """The results in host memory, by one transfer."""
-    packed = jax.device_get([result.packed for result in results])
-    return [_unpack(result, *arrays) for result, arrays in zip(results, packed)]
-
-
-def _unpack(result: Pending, real: np.ndarray, complex_means: np.ndarray | None = None) -> Result:
-    kinds, places = (real, complex_means), [0, 0]
-
-    def take(kind: int, shape: tuple[int, ...]) -> Any:
-        begin = places[kind]
-        places[kind] += math.prod(shape)
-        return kinds[kind][begin : places[kind]].reshape(shape)  # type: ignore[index]
-
-    shapes = [entries.shape for entries in result.entries]
-    moments = [Moments(take(0, s), take(int(c), s), take(0, s)) for s, c in zip(shapes, result.is_complex)]
-    return Result(result.entries, result.steps, moments, real[places[0] :].astype(int).tolist())
 
 
 def merged_by_layer(results: Sequence[Result], layers: StoredLayers) -> dict[Path, Moments]:

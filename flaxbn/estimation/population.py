@@ -15,7 +15,8 @@ from flaxbn.data.placement import own_mesh
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
-from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merged_by_layer, warn_called_twice
+from flaxbn.estimation.joined import fetched
+from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, request
 from flaxbn.models.arguments import check_concrete

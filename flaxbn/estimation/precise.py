@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from flaxbn.arithmetic.moments import Moments, merge_along
+from flaxbn.arithmetic.moments import Moments
 from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
 from flaxbn.data.placement import by_step, padding, placed, shards, split_axes
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
-from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
+from flaxbn.estimation.joined import Packed, Pending, fetched, join, merge_joined
+from flaxbn.estimation.layer_moments import checked_tree, merged_by_layer
 from flaxbn.estimation.request import Request, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
@@ -40,8 +41,8 @@ class Pass:
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
         scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of batches along a
-            leading axis or, where `places` (batches, size) are given, of these samples, as `pack` packs them; of the
-            first `count` only, where that is given.
+            leading axis or, where `places` (batches, size) are given, of these samples, as `merge_joined` packs
+            them; of the first `count` only, where that is given.
         has_run: the numbers of batches, and of samples in all, that `scan` was compiled for before threads ran it.
         step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
             buffer.
@@ -57,7 +58,7 @@ class Pass:
         self.step = jax.jit(self._step, donate_argnums=0)
         self._like: tuple[Hashable, list[Moments]] | None = None
 
-    def pending(self, steps: Sequence[int], packed: list[Array]) -> Pending:
+    def pending(self, steps: Sequence[int], packed: Packed) -> Pending:
         """What `scan` or `merge` gives for batches of these numbers."""
         return Pending(self.entries, steps, packed, self.calls.is_complex)
 
@@ -80,7 +81,7 @@ class Pass:
         leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
         on_tap = functools.partial(self._on_tap, count_samples(batch), weights)
         _, records = self.calls.program.run(leaves, on_tap)
-        return [record for record in records if record is not None]
+        return join([record for record in records if record is not None])
 
     def _on_tap(self, samples: int, weights: Array | None, tap: Tap) -> tuple[Array, Array, Moments | None]:
         if tap.site not in self.calls.entries:
@@ -120,7 +121,7 @@ class Pass:
         count: Any,
         present: Any,
         first: Any,
-    ) -> list[Array]:
+    ) -> Packed:
         def batch_at(i: Any) -> Any:
             if places is None:
                 return jax.tree.map(lambda a: a[i], batches)
@@ -132,23 +133,14 @@ class Pass:
         most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
         _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
         steps = most if count is None else count  # one that is known is no question to an accelerator after each step
-        return _merge(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
+        return merge_joined(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
 
     def _step(self, buffer: list[Moments], slot: Any, closed: Closed, *args: Any) -> tuple[list[Moments], Array]:
         *_, step = args
         return put(buffer, slot, self.sharded_moments(closed, *args)), step + 1
 
 
-def _merge(steps: list[Moments], *, by_device: bool) -> list[Array]:
-    """For each call the moments along the leading axis merged, and where the first ones lie that are not finite."""
-    if not by_device:
-        return pack(*merge_steps(steps))
-    moments, bad = jax.vmap(merge_steps, in_axes=1)(steps)
-    first = jnp.min(jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad), 0)
-    return pack([merge_along(m) for m in moments], jnp.where(jnp.all(bad < 0, 0), -1, first))
-
-
-_merge_buffer = jax.jit(_merge, static_argnames="by_device")
+_merge_buffer = jax.jit(merge_joined, static_argnames="by_device")
 
 
 def precise_pass(asked: Request, data: Arrays | Stream) -> list[Pending]:
@@ -194,7 +186,7 @@ def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, fi
     return [compiled.pending(range(begin, begin + len(own)), p) for begin, own, p in zip(firsts, parts, packed)]
 
 
-def _on_cores(compiled: Pass, args: Any, parts: list[np.ndarray], firsts: list[int], cores: int) -> list[list[Array]]:
+def _on_cores(compiled: Pass, args: Any, parts: list[np.ndarray], firsts: list[int], cores: int) -> list[Packed]:
     """Parts by threads; the merged result depends on how many there are by rounding only.
 
     All have room for the same number of batches, so they are one program, which is compiled here: each thread would do
@@ -203,7 +195,7 @@ def _on_cores(compiled: Pass, args: Any, parts: list[np.ndarray], firsts: list[i
     samples = len(jax.tree.leaves(args)[-1])
     size = len(parts[0])
 
-    def run(part: tuple[int, np.ndarray]) -> list[Array]:
+    def run(part: tuple[int, np.ndarray]) -> Packed:
         begin, own = part
         room_for_all = np.pad(own, ((0, size - len(own)), (0, 0)))
         return compiled.scan(*args, room_for_all, len(own), None, begin)

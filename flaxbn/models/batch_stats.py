@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
 from flaxbn.data.placement import put_together
@@ -33,8 +35,9 @@ class StoredLayers(NamedTuple):
     total: int
 
     def layer_of(self, numbers: np.ndarray) -> Path:
-        """The first layer that holds one of these numbers."""
-        return next(path for path, own in self.entries.items() if np.isin(own, numbers).any())
+        """The layer that holds the least of these numbers."""
+        least = numbers.min()
+        return next(path for path, own in self.entries.items() if own.size and own.flat[0] <= least <= own.flat[-1])
 
 
 def stored_layers(batch_stats: Any) -> StoredLayers:
@@ -79,11 +82,15 @@ def all_entries(layers: StoredLayers) -> np.ndarray:
 
 
 def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
-    """The stored means and variances of all entries: entry n at place n - 1, in host memory."""
+    """The stored means and variances of all entries: entry n at place n - 1, in host memory, by one transfer."""
     leaves = named_leaves(batch_stats)
-    values = jax.device_get([[leaves[(*path, name)] for path in layers.entries] for name in ("mean", "var")])
-    mean, var = (np.concatenate([np.ravel(a) for a in field]) for field in values)
-    return mean, var
+    fields = [[leaves[(*path, name)] for path in layers.entries] for name in ("mean", "var")]
+    return jax.device_get(_end_to_end(fields))
+
+
+@jax.jit
+def _end_to_end(fields: Sequence[Sequence[Array]]) -> tuple[Array, ...]:
+    return tuple(jnp.concatenate([jnp.ravel(a) for a in field]) for field in fields)
 
 
 def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredLayers) -> dict[Path, Moments]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
+from flaxbn.data.placement import on_accelerator
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
 from flaxbn.estimation.request import Request, tracing_options
@@ -38,11 +39,11 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
     moments, statistics, measured = [], [], []
-    base = 0
+    base, waits = 0, not on_accelerator(asked.variables)
     with Cores(_cores_for(asked, batches), tracing_options) as cores:
         for call, keeps in enumerate(kept):
             entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
-            stage = Stage(asked, shared, base, call, keeps)
+            stage = Stage(asked, shared, base, call, keeps, waits)
             merged, own = _measure_everywhere(stage, batches, cores, entries, defaults)
             stored_mean, stored_var = (a[entries - 1] for a in defaults)
             if not np.iscomplexobj(merged.mean):
@@ -57,7 +58,14 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
                 for batch in batches:
                     batch.read = _already_read
             base = call + 1 if keeps else base
-    return Found(moments, statistics, [-1 if own is None else own.first_bad() for own in measured])
+    return Found(moments, statistics, _first_bad(measured))
+
+
+def _first_bad(measured: Sequence[Measured | None]) -> list[int]:
+    """For each call the first batch whose moments are not finite, or -1; waits for the device, once."""
+    places = jax.device_get([[] if own is None else own.bad for own in measured])
+    found = [zip([] if own is None else own.firsts, bad) for own, bad in zip(measured, places)]
+    return [next((first + int(place) for first, place in own if place >= 0), -1) for own in found]
 
 
 def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
@@ -72,10 +80,10 @@ def moments_with(asked: Request, batch: Batch, statistics: Sequence[tuple[Array,
     values = fetch(asked, batch)
     found = []
     for segment, given in zip(batch.segments.segments, statistics, strict=True):
-        buffer, made, _ = segment.measure(values, shared, {}, batch.weights, segment.empty(), 0)
+        moments, made = segment.measure(values, shared, {}, batch.weights)
         values = {v: a for v, a in values.items() if v not in segment.dead} | made
         shared |= segment.statistics(*given)
-        found.append(jax.tree.map(lambda a: a[0], buffer))
+        found.append(moments)
     return found
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments
 from flaxbn.estimation.calls import Closed, LayerCalls
-from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, operations, structure
@@ -54,6 +53,7 @@ class Segments:
         made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
         self.live, stages = _cut(jaxpr.eqns, made_by, self.inputs, self.taps)
         self.segments = [Segment(self, k, stage, made_by) for k, stage in enumerate(stages)]
+        self._bytes = [sum(v.aval.size * v.aval.dtype.itemsize for v in live) for live in self.live]
 
     def shared(self, closed: Closed, variables: Any) -> Values:
         """The variables that hold the same for all batches, but for the statistics."""
@@ -66,7 +66,7 @@ class Segments:
 
     def bytes(self, call: int) -> int:
         """The size of what lives before a call."""
-        return sum(v.aval.size * v.aval.dtype.itemsize for v in self.live[call])
+        return self._bytes[call]
 
     def compiled(self, key: Hashable, make: Any) -> Any:
         """What `make` compiles, once for all segments of equal programs."""
@@ -107,18 +107,17 @@ class Segment:
         self.has_run = False
 
     def measure(
-        self, values: Values, shared: Values, retained: Values, weights: Array | None, buffer: Moments, slot: int
-    ) -> tuple[Moments, Values, Array]:
-        """The buffer with the moments of the call's input in row `slot`; what the segment adds to `values`; a token.
+        self, values: Values, shared: Values, retained: Values, weights: Array | None
+    ) -> tuple[Moments, Values]:
+        """The moments of the call's input, and what the segment adds to `values`.
 
-        Overwrites what is not needed any more, unless it is in `retained`. The token is ready when all is.
+        Overwrites what is not needed any more, unless it is in `retained`. The moments are ready when all is.
         """
         spent = [values[v] if v in self._spent and v not in retained else None for v in self._read]
         kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
-        given = [shared[v] for v in self._shared]
-        buffer, made, done = self._measure(spent, kept, given, weights, buffer, slot)
+        moments, made = self._measure(spent, kept, [shared[v] for v in self._shared], weights)
         self.has_run = True
-        return buffer, dict(zip(self._made, made)), done
+        return moments, dict(zip(self._made, made))
 
     def advance(self, values: Values, shared: Values) -> Values:
         """What the segment adds to `values`."""
@@ -128,19 +127,10 @@ class Segment:
         """A single value per channel in this batch is an error."""
         self._whole.calls.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
 
-    @property
-    def rows(self) -> int:
-        """How many batches a buffer has room for."""
-        return batches_in_chunk(self._tap.outvars[0].aval.size)
-
-    def empty(self) -> Moments:
-        """Room for the moments of some batches."""
-        mean, var = (v.aval for v in self._tap.outvars)
-        return room(Moments(var, mean, var), self.rows)
-
     def statistics(self, mean: Array, var: Array) -> Values:
         """What the call lets through, as variables shared by later segments."""
-        return {v: jnp.asarray(a, v.aval.dtype) for v, a in zip(self._tap.outvars, (mean, var))}
+        given = zip(self._tap.outvars, (mean, var))
+        return {v: a if a.dtype == v.aval.dtype else jnp.asarray(a, v.aval.dtype) for v, a in given}
 
     @cached_property
     def _key(self) -> Hashable:
@@ -157,7 +147,7 @@ class Segment:
 
     @cached_property
     def _measure(self) -> Any:
-        return self._whole.compiled(("measure", self._key), lambda: jax.jit(self._measured, donate_argnums=(0, 4)))
+        return self._whole.compiled(("measure", self._key), lambda: jax.jit(self._measured, donate_argnums=0))
 
     @cached_property
     def _advance(self) -> Any:
@@ -169,16 +159,15 @@ class Segment:
         return self._whole.compiled(("advance", self._key), lambda: jax.jit(advanced))
 
     def _measured(
-        self, spent: list[Any], kept: list[Any], shared: list[Any], weights: Any, buffer: Moments, slot: Any
-    ) -> tuple[Moments, list[Any], Array]:
+        self, spent: list[Any], kept: list[Any], shared: list[Any], weights: Any
+    ) -> tuple[Moments, list[Any]]:
         read = [k if s is None else s for s, k in zip(spent, kept)]
         outputs = self._function(*read, *shared)
         (x, *others), made = outputs[: len(self._operands)], outputs[len(self._operands) :]
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
         tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
         weights = self._whole.calls.weights(tap, weights)
-        moments = measure_sharded(tap, weights, self._whole.calls.samples, self._whole.layout.sharding)
-        return put(buffer, slot, moments), made, slot + 1
+        return measure_sharded(tap, weights, self._whole.calls.samples, self._whole.layout.sharding), made
 
 
 def _cut(

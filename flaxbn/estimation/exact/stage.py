@@ -6,27 +6,47 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.placement import on_accelerator, placed
+from flaxbn.arithmetic.moments import Moments, merge_along
+from flaxbn.data.placement import placed
 from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
-from flaxbn.estimation.layer_moments import merge_steps
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.threads import Cores
 
 _AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
 _AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
 
-_merge_steps = jax.jit(merge_steps)
+_TOGETHER = 16  # moments are merged by so many: one program, whatever the number of batches
 
 
 @jax.jit
-def _merge_chunks(chunks: Sequence[Any]) -> tuple[Moments, list[Array]]:
-    """The moments of all chunks, and where in each the first ones lie that are not finite."""
-    return merge(*(moments for (moments,), _ in chunks)), [bad for _, (bad,) in chunks]
+def _merge_filled(moments: Sequence[Moments]) -> tuple[Moments, Array]:
+    """`_TOGETHER` moments merged, and the place of the first of them that are not finite, or -1."""
+    stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *moments)
+    finite = jnp.isfinite(stacked.mean) & jnp.isfinite(stacked.var)
+    finite = jnp.all(finite.reshape(len(moments), -1), 1)
+    return merge_along(stacked), jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
+
+
+@jax.jit
+def _nothing(like: Moments) -> Moments:
+    return jax.tree.map(jnp.zeros_like, like)
+
+
+def _merge_few(moments: list[Moments]) -> tuple[Moments, Array]:
+    """At most `_TOGETHER` moments, filled up with moments of count 0."""
+    missing = _TOGETHER - len(moments)
+    return _merge_filled(moments + [_nothing(moments[0])] * missing if missing else moments)
+
+
+def _merge_all(moments: list[Moments]) -> Moments:
+    while len(moments) > 1:
+        moments = [_merge_few(moments[i : i + _TOGETHER])[0] for i in range(0, len(moments), _TOGETHER)]
+    return moments[0]
 
 
 @dataclass
@@ -61,6 +81,8 @@ class Stage(NamedTuple):
         base: the call from whose boundary batches start: what lives there is kept, or it is the data.
         call: the call whose input is measured.
         keeps: whether what lives after it is kept.
+        waits: whether the host waits for what it has started, so that memory does not pile up. That of an accelerator
+            is taken and freed in the order in which work is started: there nothing needs to wait.
     """
 
     asked: Request
@@ -68,6 +90,7 @@ class Stage(NamedTuple):
     base: int
     call: int
     keeps: bool
+    waits: bool
 
 
 class Measured(NamedTuple):
@@ -75,18 +98,13 @@ class Measured(NamedTuple):
 
     Attributes:
         moments: those of the call's input in all batches.
-        firsts: the numbers of the batches with which the chunks begin.
-        bad: for each chunk, which of its batches is the first whose moments are not finite, or -1.
+        firsts: the numbers of the batches with which chunks of batches begin.
+        bad: for each chunk, the place in it of the first batch whose moments are not finite, or -1.
     """
 
     moments: Moments
     firsts: list[int]
     bad: list[Array]
-
-    def first_bad(self) -> int:
-        """The number of the first batch whose moments are not finite, or -1; waits for the device."""
-        places = zip(self.firsts, jax.device_get(self.bad))
-        return next((first + int(place) for first, place in places if place >= 0), -1)
 
 
 def measure(stage: Stage, batches: Sequence[Batch], cores: Cores) -> Measured:
@@ -94,60 +112,59 @@ def measure(stage: Stage, batches: Sequence[Batch], cores: Cores) -> Measured:
     cuts = [len(batches) * i // cores.number for i in range(cores.number + 1)]
     shares = [_Share(stage, batches[a:b]) for a, b in pairwise(cuts)]
     for share in shares:
-        if not share.batches[0].segments.segments[stage.call].has_run:
+        if not batches[0].segments.segments[stage.call].has_run:
             share.advance(1)  # compiles, here: each thread would do so by itself
-    cores.each(_Share.advance, shares)
-    moments, bad = _merge_chunks([chunk for share in shares for chunk in share.chunks])
-    return Measured(moments, [first for share in shares for first in share.firsts], bad)
+    chunks = [chunk for share in cores.each(_Share.chunks, shares) for chunk in share]
+    firsts = [first for share in shares for first in range(share.first, share.end, _TOGETHER)]
+    return Measured(_merge_all([moments for moments, _ in chunks]), firsts, [bad for _, bad in chunks])
 
 
 class _Share:
-    """Some batches, one after the other: the moments of each fill a row of a buffer, and full buffers are merged."""
+    """Some batches, one after the other."""
 
     def __init__(self, stage: Stage, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-        self.chunks: list[Any] = []
-        self.firsts: list[int] = []
+        self.first, self.end = batches[0].number, batches[-1].number + 1
         self._stage = stage
         self._left = iter(batches)
         self._ahead = Ahead(_most_ahead(stage))
-        self._slot = 0
+        self._moments: list[Moments] = []
 
-    def advance(self, batches: int | None = None) -> list[Any]:
-        """So many batches more, or all that are left; returns the chunks."""
+    def advance(self, batches: int) -> bool:
+        """Takes so many batches more; whether there were some."""
+        before = len(self._moments)
         for batch in islice(self._left, batches):
-            segment = batch.segments.segments[self._stage.call]
-            if self._slot == 0:
-                self._buffer = segment.empty()
-                self.firsts.append(batch.number)
-            self._buffer, done = _measure_batch(self._stage, batch, self._buffer, self._slot)
-            self._slot += 1
-            if self._slot == segment.rows or batch is self.batches[-1]:
-                self.chunks.append(_merge_steps([self._buffer]))
-                self._slot = 0
-            self._ahead.started(done)
-        return self.chunks
+            moments = _measure_batch(self._stage, batch)
+            self._moments.append(moments)
+            self._ahead.started(moments.var)
+        return len(self._moments) > before
+
+    def chunks(self) -> list[tuple[Moments, Array]]:
+        """The moments of all batches, merged in chunks, and the place of the first ones that are not finite in each."""
+        found = []
+        while self.advance(_TOGETHER - len(self._moments)) or self._moments:
+            found.append(_merge_few(self._moments))
+            self._moments = []
+        return found
 
 
 def _most_ahead(stage: Stage) -> int | None:
-    """Memory of an accelerator is taken and freed in the order of what was started: there nothing needs to wait."""
-    if on_accelerator(stage.asked.variables):
+    if not stage.waits:
         return _AHEAD_OF_ACCELERATOR if stage.base == 0 else None
     return _AHEAD if stage.base == stage.call else 0
 
 
-def _measure_batch(stage: Stage, batch: Batch, buffer: Moments, slot: int) -> tuple[Moments, Array]:
-    """The buffer with the moments of one batch, which then holds what the stage keeps; and a token."""
+def _measure_batch(stage: Stage, batch: Batch) -> Moments:
+    """The moments of the call's input in one batch, which then holds what the stage keeps."""
     segment = batch.segments.segments[stage.call]
     shared = stage.shared[id(batch.segments)]
     values = _values(stage, batch, shared)
     retained: Values = {} if stage.keeps or batch.values is None else batch.values
     if stage.keeps:
         batch.values = None  # what is not needed any more may be overwritten
-    buffer, made, done = segment.measure(values, shared, retained, batch.weights, buffer, slot)
+    moments, made = segment.measure(values, shared, retained, batch.weights)
     if stage.keeps:
         batch.values = {v: a for v, a in values.items() if v not in segment.dead} | made
-    return buffer, done
+    return moments
 
 
 def _values(stage: Stage, batch: Batch, shared: Values) -> Values:
