@@ -96,25 +96,26 @@ def as_traced(program: Program, args: Sequence[Any]) -> Program:
     return program
 
 
+def traced(options: PassOptions, arguments: Any, form: Form) -> Program:
+    """The model, traced for these abstract (variables, batch, rngs)."""
+    variables, batch, rngs = arguments
+    program, _ = trace(options.model, variables, batch, options.call, rngs)
+    check_layers(program, options.model)
+    leaves = jax.tree.leaves(arguments)
+    return form(with_own_constants(program, leaves), leaves)
+
+
 def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerCalls, Closed]:
     """Traces the model and `sample_weight`, which are not held by what is returned."""
-
-    def traced(arguments: Any) -> Program:
-        variables, batch, rngs = arguments
-        program, _ = trace(options.model, variables, batch, options.call, rngs)
-        check_layers(program, options.model)
-        leaves = jax.tree.leaves(arguments)
-        return form(with_own_constants(program, leaves), leaves)
-
     arguments = variables, batch, rngs = shapes.abstract()
-    program = traced(arguments)
+    program = traced(options, arguments, form)
     entries = entries_read(program, variables, len(jax.tree.leaves((batch, rngs))))
     layers = stored_layers(variables["batch_stats"])
     wanted = np.concatenate([np.ravel(layers.entries[path]) for path in options.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
     axes = {}
     if shapes.present is not None or options.sample_weight is not None:
-        longer = traced(shapes.abstract(grow=1))
+        longer = traced(options, shapes.abstract(grow=1), form)
         axes = {i: _batch_axis(program, longer, i, count_samples(batch)) for i in found}
     inputs = program.tap_inputs()
     is_complex = [bool(jnp.issubdtype(inputs[site].dtype, jnp.complexfloating)) for site in found]

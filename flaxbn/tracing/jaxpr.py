@@ -115,7 +115,7 @@ def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]
     def operand(v: Any) -> Hashable:
         if is_variable(v):
             return numbers[v]
-        return _bytes(v.val), v.aval
+        return content(v.val), v.aval
 
     def define(variables: Sequence[Any]) -> Hashable:
         numbers.update({v: len(numbers) + i for i, v in enumerate(variables)})
@@ -125,7 +125,7 @@ def structure(invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]
     steps = []
     for eqn in eqns:
         read = tuple(map(operand, eqn.invars))
-        steps.append((eqn.primitive, _parameters(eqn), read, define(eqn.outvars)))
+        steps.append((eqn.primitive, as_key(parameters(eqn)), read, define(eqn.outvars)))
     return taken, tuple(steps), tuple(map(operand, outvars))
 
 
@@ -137,7 +137,7 @@ def as_key(value: Any) -> Hashable:
     """
     jaxpr = opened(value)
     if hasattr(jaxpr, "eqns"):
-        consts = tuple([(_bytes(c), jax.typeof(c)) for c in getattr(value, "consts", ())])
+        consts = tuple([(content(c), jax.typeof(c)) for c in getattr(value, "consts", ())])
         return consts, structure((*jaxpr.constvars, *jaxpr.invars), jaxpr.eqns, jaxpr.outvars)
     if isinstance(value, tuple | list):
         return type(value), tuple(map(as_key, value))
@@ -167,7 +167,7 @@ class Hashed:
         return isinstance(other, Hashed) and (self is other or (self._hash == other._hash and self._key == other._key))
 
 
-def _bytes(array: Any) -> bytes:
+def content(array: Any) -> bytes:
     """What an array holds: where that is long a digest of it."""
     if jnp.issubdtype(jax.typeof(array).dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
@@ -179,11 +179,11 @@ def _read(env: Mapping[Any, Any], v: Any) -> Any:
     return env[v] if is_variable(v) else v.val
 
 
-def _parameters(eqn: Any) -> Hashable:
+def parameters(eqn: Any) -> dict[str, Any]:
     """The parameters that decide the value of an equation; what its differentiation keeps or follows does not."""
     if eqn.primitive.name in _CUSTOM_RULES:
-        return as_key({name: p for name, p in eqn.params.items() if hasattr(opened(p), "eqns")})
-    return as_key({name: p for name, p in eqn.params.items() if (eqn.primitive.name, name) not in _POLICIES})
+        return {name: p for name, p in eqn.params.items() if hasattr(opened(p), "eqns")}
+    return {name: p for name, p in eqn.params.items() if (eqn.primitive.name, name) not in _POLICIES}
 
 
 def operations(eqn: Any) -> float:

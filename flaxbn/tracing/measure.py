@@ -3,13 +3,17 @@
 A reader gets a `Tap` and returns the mean and variance by which the layer is to normalize, and a record.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
 from flaxbn.arithmetic.measure import measure_deviations
 from flaxbn.arithmetic.moments import Moments, shifted
+from flaxbn.arithmetic.pivot import is_on_host
 from flaxbn.tracing.primitive import Tap
 
 
@@ -40,10 +44,11 @@ def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
         )
 
 
-def replace_seen(mean: Array, var: Array, moments: Moments) -> tuple[Array, Array]:
+def replace_seen(mean: Any, var: Any, moments: Moments) -> tuple[Any, Any]:
     """The mean and variance of `moments`, of one shape with `mean` and `var`; the latter where its count is 0."""
+    where: Any = np.where if is_on_host(moments.count) else jnp.where
     seen = moments.count > 0
-    return jnp.where(seen, moments.mean, mean), jnp.where(seen, moments.var, var)
+    return where(seen, moments.mean, mean), where(seen, moments.var, var)
 
 
 def measure_tap(tap: Tap, weights: Array | None) -> Moments:

@@ -116,11 +116,12 @@ def test_sharded_batches_are_checked(devices):
 
 
 def test_parts_that_the_model_cannot_take_say_so():
-    """A model that needs an even batch mixes its pairs."""
-    model = Mixing(lambda x: x.reshape(-1, 2, 5)[:, ::-1].reshape(-1, 5) + x)
+    """A model that needs an even batch cannot be tried on parts; if it mixes its pairs, that is seen without them."""
     with pytest.raises(TypeError, match="reshape") as caught:
-        estimate(model, X, batch_size=2)
+        estimate(Mixing(lambda x: x.reshape(-1, 2, 5).reshape(-1, 5)), X, batch_size=2)
     assert any("raised for parts of [1, 1] samples, which check" in note for note in caught.value.__notes__)
+    with pytest.raises(ValueError, match=SECOND):
+        estimate(Mixing(lambda x: x.reshape(-1, 2, 5)[:, ::-1].reshape(-1, 5) + x), X, batch_size=2)
 
 
 def test_a_layer_that_is_not_estimated_is_not_checked():

@@ -13,18 +13,33 @@ import numpy as np
 from flaxbn.data.batches import Arrays, Stream
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.layer_by_layer import run
+from flaxbn.estimation.exact.pieces import in_pieces
 from flaxbn.estimation.exact.plan import plan_batches
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.exact.verify import IndependenceCheck
-from flaxbn.estimation.layer_moments import Result, check_finite
+from flaxbn.estimation.layer_moments import NotFiniteError, Result, check_finite
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries
 
 
 def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
-    """The exact moments of the data, merged over all processes for each call."""
+    """The exact moments of the data, merged over all processes for each call.
 
+    Without a check that examples are independent, a model may have to have whole batches: these are not cut otherwise.
+    """
+    if not check_independence or not isinstance(data, Arrays):
+        return _pass(asked, data, memory_limit, check_independence=check_independence)
+    pieces = on_all(lambda: in_pieces(asked, data))
+    try:
+        return _pass(asked, pieces, memory_limit, check_independence=True)
+    except NotFiniteError:
+        if pieces is data:
+            raise
+    return _pass(asked, data, memory_limit, check_independence=True)  # raises, too, naming the batch
+
+
+def _pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
     def prepare() -> tuple[list[Batch], list[bool], IndependenceCheck | None]:
         batches = prepare_batches(asked, data.sources())
         if len(batches) == 1 == jax.process_count():

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
+from flaxbn.arithmetic.pivot import is_on_host
 from flaxbn.data.placement import on_accelerator
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
@@ -16,7 +17,7 @@ from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.batch_stats import all_entries, flat_statistics
 from flaxbn.tracing.measure import replace_seen
 
-_replace_seen = jax.jit(replace_seen)
+_replace_seen_on_device = jax.jit(replace_seen)
 
 
 class Found(NamedTuple):
@@ -48,7 +49,8 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
             stored_mean, stored_var = (a[entries - 1] for a in defaults)
             if not np.iscomplexobj(merged.mean):
                 stored_mean = stored_mean.real  # in one array with the means of complex layers it became complex
-            mean, var = _replace_seen(stored_mean, stored_var, merged)
+            replace = replace_seen if is_on_host(merged.count) else _replace_seen_on_device
+            mean, var = replace(stored_mean, stored_var, merged)
             moments.append(merged)
             statistics.append((mean, var))
             measured.append(own)

@@ -11,11 +11,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.batches import (
+    Arrays,
     Source,
     check_positive,
     open_batches,
 )
 from flaxbn.data.placement import free_bytes, own_mesh, shards
+from flaxbn.estimation.exact.pieces import in_pieces
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.exact.stage import Batch
@@ -49,7 +51,9 @@ class Plan:
 
     Attributes:
         calls: the calls of the layers in the order of execution.
-        batches: the number of batches.
+        batches: in how many batches the data goes through the model. Arrays may be cut into others than `batch_size`
+            says, since the result does not depend on it: smaller ones on a CPU, whose cache then holds what they need,
+            and larger ones on an accelerator, which they keep busy, if memory allows.
         samples: the number of samples.
         memory_limit: how many bytes of live values may be kept on each device; None for any number.
 
@@ -172,8 +176,9 @@ def plan(
     """
     check_limit(memory_limit, "exact")
     asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
-    shapes = open_batches(batches, batch_size, num_samples).shapes()
+    data = open_batches(batches, batch_size, num_samples)
     with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+        shapes = (in_pieces(asked, data) if isinstance(data, Arrays) else data).shapes()
         return plan_batches(asked, prepare_batches(asked, [Source(s, _unread) for s in shapes]), memory_limit)
 
 

@@ -35,6 +35,7 @@ class Segments:
         entries: for each call the numbers of the stored entries that it reads.
         inputs: the variables of a batch's leaves, and of its random keys'.
         live: the variables of a batch that later calls need, before each call and after the last.
+        reads_size: whether the model computes with the size of the batch; None where nobody has asked.
     """
 
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
@@ -48,6 +49,7 @@ class Segments:
         closed, variables, self._batch_leaves, _ = self.calls.arguments
         self._shared, self.inputs = jaxpr.invars[: closed + variables], jaxpr.invars[closed + variables :]
         self.sample_weights = jax.jit(self.calls.sample_weights)
+        self.reads_size: bool | None = None
         self._compiled: dict[Hashable, Any] = {}
         tapped = set(map(id, self.taps))
         made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}

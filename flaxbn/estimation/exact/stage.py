@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge_along
@@ -20,16 +21,19 @@ from flaxbn.estimation.threads import Cores
 _AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
 _AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
 
-_TOGETHER = 16  # moments are merged by so many: one program, whatever the number of batches
+_TOGETHER = 16  # moments are merged by so many: on a device one program, whatever the number of batches
+
+
+def _merge_stacked(moments: Sequence[Moments], xp: Any) -> tuple[Moments, Any]:
+    stacked = Moments(*(xp.stack(fields) for fields in zip(*moments)))
+    finite = xp.isfinite(stacked.mean) & xp.isfinite(stacked.var)
+    finite = xp.all(finite.reshape(len(moments), -1), 1)
+    return merge_along(stacked), xp.where(xp.all(finite), -1, xp.argmin(finite))
 
 
 @jax.jit
-def _merge_filled(moments: Sequence[Moments]) -> tuple[Moments, Array]:
-    """`_TOGETHER` moments merged, and the place of the first of them that are not finite, or -1."""
-    stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *moments)
-    finite = jnp.isfinite(stacked.mean) & jnp.isfinite(stacked.var)
-    finite = jnp.all(finite.reshape(len(moments), -1), 1)
-    return merge_along(stacked), jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
+def _merge_on_device(moments: list[Moments]) -> tuple[Moments, Any]:
+    return _merge_stacked(moments, jnp)
 
 
 @jax.jit
@@ -37,15 +41,25 @@ def _nothing(like: Moments) -> Moments:
     return jax.tree.map(jnp.zeros_like, like)
 
 
-def _merge_few(moments: list[Moments]) -> tuple[Moments, Array]:
-    """At most `_TOGETHER` moments, filled up with moments of count 0."""
+def _merge_few(moments: list[Moments], *, on_host: bool) -> tuple[Moments, Any]:
+    """At most `_TOGETHER` moments merged, and the place of the first of them that are not finite, or -1.
+
+    On the host in float64; on a device filled up with moments of count 0.
+    """
+    if on_host:
+        return _merge_stacked([_on_host(m) for m in moments], np)
     missing = _TOGETHER - len(moments)
-    return _merge_filled(moments + [_nothing(moments[0])] * missing if missing else moments)
+    return _merge_on_device(moments + [_nothing(moments[0])] * missing if missing else moments)
 
 
-def _merge_all(moments: list[Moments]) -> Moments:
+def _on_host(moments: Moments) -> Moments:
+    return Moments(*(np.asarray(f, np.result_type(f.dtype, np.float64)) for f in moments))  # type: ignore[arg-type]
+
+
+def _merge_all(moments: list[Moments], *, on_host: bool) -> Moments:
     while len(moments) > 1:
-        moments = [_merge_few(moments[i : i + _TOGETHER])[0] for i in range(0, len(moments), _TOGETHER)]
+        parts = [moments[i : i + _TOGETHER] for i in range(0, len(moments), _TOGETHER)]
+        moments = [_merge_few(part, on_host=on_host)[0] for part in parts]
     return moments[0]
 
 
@@ -94,7 +108,7 @@ class Stage(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a stage finds; on the device, where it may not be computed yet.
+    """What a stage finds: where the host waits it is there, and otherwise on a device, maybe not computed yet.
 
     Attributes:
         moments: those of the call's input in all batches.
@@ -116,7 +130,9 @@ def measure(stage: Stage, batches: Sequence[Batch], cores: Cores) -> Measured:
             share.advance(1)  # compiles, here: each thread would do so by itself
     chunks = [chunk for share in cores.each(_Share.chunks, shares) for chunk in share]
     firsts = [first for share in shares for first in range(share.first, share.end, _TOGETHER)]
-    return Measured(_merge_all([moments for moments, _ in chunks]), firsts, [bad for _, bad in chunks])
+    return Measured(
+        _merge_all([moments for moments, _ in chunks], on_host=stage.waits), firsts, [bad for _, bad in chunks]
+    )
 
 
 class _Share:
@@ -142,7 +158,7 @@ class _Share:
         """The moments of all batches, merged in chunks, and the place of the first ones that are not finite in each."""
         found = []
         while self.advance(_TOGETHER - len(self._moments)) or self._moments:
-            found.append(_merge_few(self._moments))
+            found.append(_merge_few(self._moments, on_host=self._stage.waits))
             self._moments = []
         return found
 

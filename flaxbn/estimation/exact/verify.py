@@ -1,7 +1,13 @@
-"""How exact statistics check themselves: with them, parts of a batch must give the moments of the whole."""
+"""How exact statistics check themselves: with them, an example must give the same whatever else is in the batch.
+
+First by what is compiled already, batches of one shape in which examples have other neighbours. That cannot show a
+model that computes with the size of the batch; for one whose program does, parts of the batch must give the moments of
+the whole.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,28 +16,25 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.batches import count_samples
+from flaxbn.data.batches import abstract, count_samples
 from flaxbn.data.placement import replicated
-from flaxbn.estimation.calls import Closed, LayerCalls
+from flaxbn.estimation.calls import Closed, LayerCalls, traced
 from flaxbn.estimation.compiled import Layout, shapes_of
 from flaxbn.estimation.exact.layer_by_layer import moments_with
 from flaxbn.estimation.exact.stage import Batch, fetch
-from flaxbn.estimation.request import Request
+from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.models.independence import check_parts, split
 from flaxbn.tracing.flatten import unroll
+from flaxbn.tracing.jaxpr import content
 from flaxbn.tracing.measure import measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
-
-
-@jax.jit
-def _merge_each(*parts: list[Moments]) -> list[Moments]:
-    return merge(*parts)
+from flaxbn.tracing.sizes import beside_shapes
 
 
 @dataclass
 class IndependenceCheck:
-    """That examples do not affect each other: with the statistics found, parts of a batch must give its moments.
+    """That examples do not affect each other, where the statistics found are let through.
 
     Attributes:
         asked: the request.
@@ -59,33 +62,62 @@ class IndependenceCheck:
 
     def run(self, statistics: Sequence[tuple[Array, Array]], variances: Sequence[Array]) -> None:
         """Raises unless the moments agree, in units of the population's variances."""
-        seen = [moments_with(self.asked, batch, statistics) for batch in self.batches]
         if len(self.batches) == 1:
-            whole, batch = seen[0], self.batches[0].read()
-            rows = split(self.batches[0].size)
-            cut = [jax.tree.map(lambda a, part=part: a[part], batch) for part in rows]
-            parts = self._moments_of(cut, [self._weights(part) for part in rows], statistics)
+            (batch,) = self.batches
+            whole, doubled = self._doubled(batch, statistics)
+            self._compare(whole, doubled, variances)
+            if not _reads_size(self.asked, batch):
+                return
+            arrays, parts = batch.read(), split(batch.size)
+            cut = [_rows(arrays, part) for part in parts]
         else:
-            joined = jax.tree.map(lambda *a: jnp.concatenate(a), *(batch.read() for batch in self.batches))
-            whole, parts = self._moments_of([joined], [self._weights([0])], statistics), _merge_each(*seen)
+            cut = [batch.read() for batch in self.batches]
+            arrays, parts = jax.tree.map(lambda *a: jnp.concatenate(a), *cut), (np.array([0]), np.array([1]))
+        with jax.default_matmul_precision("highest"):  # a product of other shapes is rounded otherwise
+            weights = self._weights()
+            of_parts = [None if weights is None else weights[part] for part in parts]
+            whole = self._moments_of([arrays], [weights], statistics)
+            self._compare(whole, self._moments_of(cut, of_parts, statistics), variances)
+
+    def _doubled(self, batch: Batch, statistics: Any) -> tuple[list[Moments], list[Moments]]:
+        """The moments of a batch, and those of its one half twice and its other half twice, merged.
+
+        All are batches of one shape, so nothing new is compiled, and nothing is rounded otherwise. Each example stands
+        beside its double, so no neighbour, group or place is the one that it has in the batch.
+        """
+        whole = moments_with(self.asked, batch, statistics)  # which reads the weights, too
+        half, arrays = batch.size // 2, batch.read()
+        found = []
+        for begin in (0, half):
+            rows = np.concatenate([np.repeat(np.arange(begin, begin + half), 2), np.arange(2 * half, batch.size)])
+            own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
+            found.append(moments_with(self.asked, own, statistics))
+        return whole, merge(*jax.device_get(found))
+
+    def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Array]) -> None:
         segments = self.batches[0].segments
         dtypes = [eqn.invars[0].aval.dtype for eqn in segments.taps]
         check_parts(segments.layers, list(zip(whole, dtypes)), list(zip(parts, dtypes)), variances)
 
-    def _weights(self, rows: Any) -> Array | None:
+    def _weights(self) -> Array | None:
+        """The weights of all examples, of one batch after the other, without padding."""
         if self.asked.options.sample_weight is None:
             return None
-        return jnp.concatenate([jnp.asarray(batch.weights)[np.asarray(rows)] for batch in self.batches])
+        for batch in self.batches:
+            if batch.weights is None:
+                fetch(self.asked, batch)
+        return jnp.concatenate([jnp.asarray(batch.weights)[: batch.size] for batch in self.batches])
 
     def _moments_of(self, parts: Sequence[Any], weights: Sequence[Array | None], statistics: Any) -> list[Moments]:
         """The merged moments of each call's input for some samples in parts, with the statistics found."""
         asked = self.asked
+        options = asked.options._replace(tracing=tracing_options())
         parts = jax.tree.map(jnp.asarray, parts)
         if asked.options.sharding is not None:
             parts, weights = jax.device_put((parts, weights), replicated(asked.options.sharding))
         shapes = [shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts]
         try:
-            compiled, closed = Compiled(_Parts, asked.options, unroll).find(*shapes)
+            compiled, closed = Compiled(_Parts, options, unroll).find(*shapes)
             return compiled.run(closed, asked.variables, asked.rngs, parts, weights, statistics)
         except Exception as error:
             sizes = [count_samples(part) for part in parts]
@@ -101,6 +133,38 @@ def _has_weight(asked: Request, batch: Batch) -> bool:
         return True
     fetch(asked, batch)
     return bool(np.any(np.asarray(batch.weights) > 0))
+
+
+def _rows(arrays: Any, rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda a: a[rows], arrays)
+
+
+def _at(weights: Array | None, rows: np.ndarray) -> Array | None:
+    """The weights of these rows, and those of the padding after them."""
+    if weights is None:
+        return None
+    taken = np.concatenate([np.asarray(weights)[rows], weights[len(rows) :]])
+    return jax.device_put(taken, weights.sharding) if weights.committed else jnp.asarray(taken)
+
+
+def _reads_size(asked: Request, batch: Batch) -> bool:
+    """Whether the model computes with the number of examples, which batches of one shape do not tell; found out once.
+
+    A model that cannot be traced for one example more counts as one that does.
+    """
+    segments = batch.segments
+    if segments.reads_size is None:
+        one_more = abstract(batch.read(), segments.calls.samples + 1)
+        shapes = shapes_of(asked.variables, one_more, asked.rngs, present=None)
+        try:
+            longer = traced(asked.options, shapes.abstract(), unroll)
+        except Exception:  # whatever the model raises: what tries parts of the batch will tell
+            segments.reads_size = True
+            return True
+        arrays = list(zip(batch.closed.model, longer.consts))
+        segments.reads_size = beside_shapes(segments.calls.program.jaxpr) != beside_shapes(longer.jaxpr)
+        segments.reads_size |= any(a.shape == np.shape(b) and content(a) != content(b) for a, b in arrays)
+    return segments.reads_size
 
 
 class _Parts:
@@ -125,7 +189,9 @@ def _measured(calls: LayerCalls, leaves: Sequence[Any], weights: Array | None, g
     def on_tap(tap: Tap) -> tuple[Array, Array, Moments | None]:
         if tap.site not in statistics:
             return stored_statistics(tap)
-        return *statistics[tap.site], measure_tap(tap, calls.weights(tap, weights))
+        mean, var = statistics[tap.site]
+        let_through = jnp.asarray(mean, tap.mean.dtype), jnp.asarray(var, tap.var.dtype)
+        return *let_through, measure_tap(tap, calls.weights(tap, weights))
 
     _, records = calls.program.run(leaves, on_tap)
     return [record for record in records if record is not None]

@@ -1,0 +1,54 @@
+"""Into which pieces exact statistics cut arrays: what they find does not depend on it, how long they take does."""
+
+from dataclasses import replace
+
+import jax
+
+from flaxbn.data.batches import Arrays, abstract, strided_rows
+from flaxbn.data.placement import free_bytes, on_accelerator
+from flaxbn.estimation.compiled import shapes_of
+from flaxbn.estimation.exact.segments import Segments
+from flaxbn.estimation.request import Request
+from flaxbn.estimation.reuse import Compiled
+from flaxbn.tracing.flatten import unroll
+
+_IN_CACHE = 3 * 2**20  # bytes of one array between two layers, on a CPU; of less than that, starting takes its time
+_TO_BE_BUSY = 2**30  # bytes of all of them, on an accelerator
+_SHARE = 32  # of its free memory
+_WORTH_IT = 1.5  # times smaller or larger; another size is another trace
+
+
+def in_pieces(asked: Request, data: Arrays) -> Arrays:
+    """The same samples, cut otherwise where that is faster: smaller on CPUs, larger on accelerators.
+
+    As they are where the cut matters, or may: where random numbers or weights are made for each batch, where batches
+    lie on several devices, and where the model takes batches of this size only.
+    """
+    options = asked.options
+    if options.sharding is not None or options.sample_weight is not None or asked.rngs or jax.process_count() > 1:
+        return data
+    samples, size = sum(rows.size for rows in data.groups), data.groups[0].shape[1]
+    wanted = min(_best_size(asked, _segments(asked, data, size), size), samples)
+    if max(wanted / size, size / wanted) < _WORTH_IT:
+        return data
+    try:
+        _segments(asked, data, wanted)
+    except Exception:  # whatever the model raises that cannot take them
+        return data
+    return replace(data, groups=strided_rows(samples, wanted))
+
+
+def _segments(asked: Request, data: Arrays, size: int) -> Segments:
+    shapes = shapes_of(asked.variables, abstract(data.arrays, size), asked.rngs, present=None)
+    return Compiled(Segments, asked.options, unroll).find(shapes)[0]
+
+
+def _best_size(asked: Request, segments: Segments, size: int) -> int:
+    between = [[v.aval.size * v.aval.dtype.itemsize for v in live] for live in segments.live[1:]]
+    largest, most = max((max(own, default=0) for own in between), default=0), max(map(sum, between), default=0)
+    if not most:
+        return size
+    if not on_accelerator(asked.variables):
+        return max(1, min(size, _IN_CACHE * size // largest))
+    free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
+    return max(size, min(_TO_BE_BUSY, _TO_BE_BUSY if free is None else free // _SHARE) * size // most)
