@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.arithmetic.pivot import is_on_host
 from flaxbn.data.placement import on_accelerator
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
@@ -16,8 +15,6 @@ from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.batch_stats import all_entries, flat_statistics
 from flaxbn.tracing.measure import replace_seen
-
-_replace_seen_on_device = jax.jit(replace_seen)
 
 
 class Found(NamedTuple):
@@ -39,35 +36,27 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
     by_segments = {id(batch.segments): batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
-    moments, statistics, measured = [], [], []
+    measured = []
     base, waits = 0, not on_accelerator(asked.variables)
     with Cores(_cores_for(asked, batches), tracing_options) as cores:
         for call, keeps in enumerate(kept):
-            entries = batches[0].segments.entries[call] if batches else all_entries(asked.layers)
             stage = Stage(asked, shared, base, call, keeps, waits)
-            merged, own = _measure_everywhere(stage, batches, cores, entries, defaults)
-            stored_mean, stored_var = (a[entries - 1] for a in defaults)
-            if not np.iscomplexobj(merged.mean):
-                stored_mean = stored_mean.real  # in one array with the means of complex layers it became complex
-            replace = replace_seen if is_on_host(merged.count) else _replace_seen_on_device
-            mean, var = replace(stored_mean, stored_var, merged)
-            moments.append(merged)
-            statistics.append((mean, var))
+            own = _measure_everywhere(stage, batches, cores, defaults)
             measured.append(own)
             for key, one in by_segments.items():
-                shared[key] |= one.segments.segments[call].statistics(mean, var)
+                shared[key] |= one.segments.segments[call].statistics(*own.statistics)
             if keeps and base == 0:
                 for batch in batches:
                     batch.read = _already_read
             base = call + 1 if keeps else base
-    return Found(moments, statistics, _first_bad(measured))
+    moments, bad = jax.device_get(([own.moments for own in measured], [own.bad for own in measured]))
+    first_bad = [_first_bad(own.firsts, places) for own, places in zip(measured, bad)]
+    return Found(moments, [own.statistics for own in measured], first_bad)
 
 
-def _first_bad(measured: Sequence[Measured | None]) -> list[int]:
-    """For each call the first batch whose moments are not finite, or -1; waits for the device, once."""
-    places = jax.device_get([[] if own is None else own.bad for own in measured])
-    found = [zip([] if own is None else own.firsts, bad) for own, bad in zip(measured, places)]
-    return [next((first + int(place) for first, place in own if place >= 0), -1) for own in found]
+def _first_bad(firsts: Sequence[int], places: Sequence[Any]) -> int:
+    """The number of the first batch whose moments are not finite, or -1."""
+    return next((first + int(place) for first, place in zip(firsts, places) if place >= 0), -1)
 
 
 def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
@@ -94,22 +83,31 @@ def _already_read() -> Any:
 
 
 def _measure_everywhere(
-    stage: Stage, batches: Sequence[Batch], cores: Cores, entries: np.ndarray, defaults: tuple[np.ndarray, np.ndarray]
-) -> tuple[Moments, Measured | None]:
-    """The moments of one call, merged over processes, some of which may have no data; and what was measured here."""
-    if jax.process_count() == 1:
-        measured = measure(stage, batches, cores)
-        return measured.moments, measured
+    stage: Stage, batches: Sequence[Batch], cores: Cores, defaults: tuple[np.ndarray, np.ndarray]
+) -> Measured:
+    """What one stage finds: the moments merged over processes, some of which may have no data; bad batches are own."""
+    entries = batches[0].segments.entries[stage.call] if batches else all_entries(stage.asked.layers)
+    stored_mean, stored_var = (a[entries - 1] for a in defaults)
 
-    def by_entry() -> tuple[Moments, Measured | None]:
+    def here() -> Measured:
+        # In one array with the means of complex layers those of real ones became complex.
+        own_mean = stored_mean if batches[0].segments.calls.is_complex[stage.call] else stored_mean.real
+        return measure(stage, batches, (own_mean, stored_var), cores)
+
+    if jax.process_count() == 1:
+        return here()
+
+    def by_entry() -> Measured:
         default_mean, default_var = defaults
         fields = [np.zeros_like(a) for a in (default_var, default_mean, default_var)]
-        measured = measure(stage, batches, cores) if batches else None
-        if measured is not None:
-            for field, values in zip(fields, jax.device_get(measured.moments)):
+        own = here() if batches else None
+        if own is not None:
+            for field, values in zip(fields, jax.device_get(own.moments)):
                 field[entries - 1] = values
-        return Moments(*fields), measured  # type: ignore[arg-type]
+        firsts, bad = ([], []) if own is None else (own.firsts, own.bad)
+        return Measured(Moments(*fields), (stored_mean, stored_var), firsts, bad)  # type: ignore[arg-type]
 
-    moments, own = on_all(by_entry)
-    everywhere = merge(*gather(moments))
-    return Moments(*(field[entries - 1] for field in everywhere)), own
+    own = on_all(by_entry)
+    everywhere = merge(*gather(own.moments))
+    moments = Moments(*(field[entries - 1] for field in everywhere))
+    return own._replace(moments=moments, statistics=replace_seen(stored_mean, stored_var, moments))

@@ -13,8 +13,8 @@ from flaxbn.estimation.reuse import Compiled
 from flaxbn.tracing.flatten import unroll
 
 _IN_CACHE = 3 * 2**20  # bytes of one array between two layers, on a CPU; of less than that, starting takes its time
-_TO_BE_BUSY = 2**30  # bytes of all of them, on an accelerator
-_SHARE = 32  # of its free memory
+_TO_BE_BUSY = 2**33  # bytes of all of them, on an accelerator: the host takes a third of a millisecond for each piece
+_SHARE = 8  # of its free memory
 _WORTH_IT = 1.5  # times smaller or larger; another size is another trace
 
 
@@ -28,7 +28,7 @@ def in_pieces(asked: Request, data: Arrays) -> Arrays:
     if options.sharding is not None or options.sample_weight is not None or asked.rngs or jax.process_count() > 1:
         return data
     samples, size = sum(rows.size for rows in data.groups), data.groups[0].shape[1]
-    wanted = min(_best_size(asked, _segments(asked, data, size), size), samples)
+    wanted = _even_size(samples, min(_best_size(asked, _segments(asked, data, size), size), samples))
     if max(wanted / size, size / wanted) < _WORTH_IT:
         return data
     try:
@@ -36,6 +36,13 @@ def in_pieces(asked: Request, data: Arrays) -> Arrays:
     except Exception:  # whatever the model raises that cannot take them
         return data
     return replace(data, groups=strided_rows(samples, wanted))
+
+
+def _even_size(samples: int, size: int) -> int:
+    """The size of pieces of at most `size` samples, if possible all of one size, which is one trace less."""
+    fewest = -(-samples // size)
+    pieces = next((n for n in range(fewest, fewest * 5 // 4 + 1) if samples % n == 0), fewest)
+    return -(-samples // pieces)
 
 
 def _segments(asked: Request, data: Arrays, size: int) -> Segments:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -17,50 +18,12 @@ from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.threads import Cores
+from flaxbn.tracing.measure import replace_seen
 
 _AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
 _AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
 
-_TOGETHER = 16  # moments are merged by so many: on a device one program, whatever the number of batches
-
-
-def _merge_stacked(moments: Sequence[Moments], xp: Any) -> tuple[Moments, Any]:
-    stacked = Moments(*(xp.stack(fields) for fields in zip(*moments)))
-    finite = xp.isfinite(stacked.mean) & xp.isfinite(stacked.var)
-    finite = xp.all(finite.reshape(len(moments), -1), 1)
-    return merge_along(stacked), xp.where(xp.all(finite), -1, xp.argmin(finite))
-
-
-@jax.jit
-def _merge_on_device(moments: list[Moments]) -> tuple[Moments, Any]:
-    return _merge_stacked(moments, jnp)
-
-
-@jax.jit
-def _nothing(like: Moments) -> Moments:
-    return jax.tree.map(jnp.zeros_like, like)
-
-
-def _merge_few(moments: list[Moments], *, on_host: bool) -> tuple[Moments, Any]:
-    """At most `_TOGETHER` moments merged, and the place of the first of them that are not finite, or -1.
-
-    On the host in float64; on a device filled up with moments of count 0.
-    """
-    if on_host:
-        return _merge_stacked([_on_host(m) for m in moments], np)
-    missing = _TOGETHER - len(moments)
-    return _merge_on_device(moments + [_nothing(moments[0])] * missing if missing else moments)
-
-
-def _on_host(moments: Moments) -> Moments:
-    return Moments(*(np.asarray(f, np.result_type(f.dtype, np.float64)) for f in moments))  # type: ignore[arg-type]
-
-
-def _merge_all(moments: list[Moments], *, on_host: bool) -> Moments:
-    while len(moments) > 1:
-        parts = [moments[i : i + _TOGETHER] for i in range(0, len(moments), _TOGETHER)]
-        moments = [_merge_few(part, on_host=on_host)[0] for part in parts]
-    return moments[0]
+_TOGETHER = 64  # moments are merged by so many on a device: as arguments of one program
 
 
 @dataclass
@@ -112,55 +75,84 @@ class Measured(NamedTuple):
 
     Attributes:
         moments: those of the call's input in all batches.
+        statistics: the mean and variance that the call then lets through.
         firsts: the numbers of the batches with which chunks of batches begin.
         bad: for each chunk, the place in it of the first batch whose moments are not finite, or -1.
     """
 
     moments: Moments
+    statistics: tuple[Any, Any]
     firsts: list[int]
-    bad: list[Array]
+    bad: list[Any]
 
 
-def measure(stage: Stage, batches: Sequence[Batch], cores: Cores) -> Measured:
-    """The merged moments of one call's input in all batches, in parts for the cores, merged in their order."""
+def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cores: Cores) -> Measured:
+    """The merged moments of one call's input in all batches, which are taken in parts for the cores.
+
+    Args:
+        stage: the step.
+        batches: all batches.
+        stored: the mean and variance that the call lets through where there is no data.
+        cores: where they run.
+    """
     cuts = [len(batches) * i // cores.number for i in range(cores.number + 1)]
     shares = [_Share(stage, batches[a:b]) for a, b in pairwise(cuts)]
     for share in shares:
         if not batches[0].segments.segments[stage.call].has_run:
             share.advance(1)  # compiles, here: each thread would do so by itself
-    chunks = [chunk for share in cores.each(_Share.chunks, shares) for chunk in share]
-    firsts = [first for share in shares for first in range(share.first, share.end, _TOGETHER)]
-    return Measured(
-        _merge_all([moments for moments, _ in chunks], on_host=stage.waits), firsts, [bad for _, bad in chunks]
-    )
+    moments = [one for share in cores.each(_Share.advance, shares) for one in share]
+    firsts = [batches[0].number]
+    if stage.waits:
+        merged, bad, statistics = _finish([_on_host(m) for m in moments], stored, np)
+        return Measured(merged, statistics, firsts, [bad])
+    earlier: list[Any] = []
+    if len(moments) > _TOGETHER:
+        firsts = [batch.number for batch in batches[::_TOGETHER]]
+    while len(moments) > _TOGETHER:
+        chunks = [_merge_on_device(moments[i : i + _TOGETHER]) for i in range(0, len(moments), _TOGETHER)]
+        moments = [merged for merged, _ in chunks]
+        earlier = earlier or [bad for _, bad in chunks]
+    merged, bad, statistics = _finish_on_device(moments, stored)
+    return Measured(merged, statistics, firsts, earlier or [bad])
+
+
+def _merge_stacked(moments: Sequence[Moments], xp: Any) -> tuple[Moments, Any]:
+    """Moments merged, and the place of the first of them that are not finite, or -1."""
+    stacked = Moments(*(xp.stack(fields) for fields in zip(*moments)))
+    finite = xp.isfinite(stacked.mean) & xp.isfinite(stacked.var)
+    finite = xp.all(finite.reshape(len(moments), -1), 1)
+    return merge_along(stacked), xp.where(xp.all(finite), -1, xp.argmin(finite))
+
+
+def _finish(moments: Sequence[Moments], stored: tuple[Any, Any], xp: Any) -> tuple[Moments, Any, tuple[Any, Any]]:
+    merged, bad = _merge_stacked(moments, xp)
+    return merged, bad, replace_seen(*stored, merged)
+
+
+_merge_on_device = jax.jit(partial(_merge_stacked, xp=jnp))
+_finish_on_device = jax.jit(partial(_finish, xp=jnp))
+
+
+def _on_host(moments: Moments) -> Moments:
+    return Moments(*(np.asarray(f, np.result_type(f.dtype, np.float64)) for f in moments))  # type: ignore[arg-type]
 
 
 class _Share:
     """Some batches, one after the other."""
 
     def __init__(self, stage: Stage, batches: Sequence[Batch]) -> None:
-        self.first, self.end = batches[0].number, batches[-1].number + 1
         self._stage = stage
         self._left = iter(batches)
         self._ahead = Ahead(_most_ahead(stage))
         self._moments: list[Moments] = []
 
-    def advance(self, batches: int) -> bool:
-        """Takes so many batches more; whether there were some."""
-        before = len(self._moments)
+    def advance(self, batches: int | None = None) -> list[Moments]:
+        """Takes so many batches more, or all that are left; returns the moments of all that were taken."""
         for batch in islice(self._left, batches):
             moments = _measure_batch(self._stage, batch)
             self._moments.append(moments)
             self._ahead.started(moments.var)
-        return len(self._moments) > before
-
-    def chunks(self) -> list[tuple[Moments, Array]]:
-        """The moments of all batches, merged in chunks, and the place of the first ones that are not finite in each."""
-        found = []
-        while self.advance(_TOGETHER - len(self._moments)) or self._moments:
-            found.append(_merge_few(self._moments, on_host=self._stage.waits))
-            self._moments = []
-        return found
+        return self._moments
 
 
 def _most_ahead(stage: Stage) -> int | None:

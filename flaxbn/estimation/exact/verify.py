@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import abstract, count_samples
-from flaxbn.data.placement import replicated
+from flaxbn.data.placement import on_accelerator, replicated
 from flaxbn.estimation.calls import Closed, LayerCalls, traced
 from flaxbn.estimation.compiled import Layout, shapes_of
 from flaxbn.estimation.exact.layer_by_layer import moments_with
@@ -30,6 +30,8 @@ from flaxbn.tracing.jaxpr import content
 from flaxbn.tracing.measure import measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 from flaxbn.tracing.sizes import beside_shapes
+
+_ENOUGH = 128  # examples; an accelerator takes pieces of the data that are too large to run three more of them
 
 
 @dataclass
@@ -60,8 +62,8 @@ class IndependenceCheck:
                 single[id(batch.segments)] = batch
         return None
 
-    def run(self, statistics: Sequence[tuple[Array, Array]], variances: Sequence[Array]) -> None:
-        """Raises unless the moments agree, in units of the population's variances."""
+    def run(self, statistics: Sequence[tuple[Any, Any]], variances: Sequence[Any]) -> None:
+        """Raises unless the moments agree, in units of the population's variances, both of which were found."""
         if len(self.batches) == 1:
             (batch,) = self.batches
             whole, doubled = self._doubled(batch, statistics)
@@ -82,19 +84,26 @@ class IndependenceCheck:
     def _doubled(self, batch: Batch, statistics: Any) -> tuple[list[Moments], list[Moments]]:
         """The moments of a batch, and those of its one half twice and its other half twice, merged.
 
-        All are batches of one shape, so nothing new is compiled, and nothing is rounded otherwise. Each example stands
-        beside its double, so no neighbour, group or place is the one that it has in the batch.
+        All are batches of one shape, so nothing is rounded otherwise, and on a CPU nothing new is compiled. Each
+        example stands beside its double, so no neighbour, group or place is the one that it has in the batch.
         """
-        whole = moments_with(self.asked, batch, statistics)  # which reads the weights, too
-        half, arrays = batch.size // 2, batch.read()
-        found = []
-        for begin in (0, half):
-            rows = np.concatenate([np.repeat(np.arange(begin, begin + half), 2), np.arange(2 * half, batch.size)])
-            own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
-            found.append(moments_with(self.asked, own, statistics))
-        return whole, merge(*jax.device_get(found))
+        weights, arrays = self._weights(), batch.read()
+        on_device = on_accelerator(self.asked.variables)
+        size = min(batch.size, _ENOUGH) if on_device else batch.size
+        half = size // 2
+        rest = np.arange(2 * half, size)
+        first, second = (np.concatenate([np.repeat(np.arange(i, i + half), 2), rest]) for i in (0, half))
 
-    def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Array]) -> None:
+        def moments_of(rows: np.ndarray) -> list[Moments]:
+            if on_device:
+                return self._moments_of([_rows(arrays, rows)], [None if weights is None else weights[rows]], statistics)
+            own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
+            return moments_with(self.asked, own, statistics)
+
+        found = jax.device_get([moments_of(rows) for rows in (np.arange(size), first, second)])
+        return found[0], merge(*found[1:])
+
+    def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Any]) -> None:
         segments = self.batches[0].segments
         dtypes = [eqn.invars[0].aval.dtype for eqn in segments.taps]
         check_parts(segments.layers, list(zip(whole, dtypes)), list(zip(parts, dtypes)), variances)
