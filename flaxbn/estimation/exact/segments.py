@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments
@@ -129,10 +128,10 @@ class Segment:
         """A single value per channel in this batch is an error."""
         self._whole.calls.check_values(as_tap(self._tap.params, [v.aval for v in self._tap.invars], self._site))
 
-    def statistics(self, mean: Array, var: Array) -> Values:
+    def statistics(self, mean: Any, var: Any) -> Values:
         """What the call lets through, as variables shared by later segments."""
         given = zip(self._tap.outvars, (mean, var))
-        return {v: a if a.dtype == v.aval.dtype else jnp.asarray(a, v.aval.dtype) for v, a in given}
+        return {v: jax.device_put(a if a.dtype == v.aval.dtype else a.astype(v.aval.dtype)) for v, a in given}
 
     @cached_property
     def _key(self) -> Hashable:

@@ -100,8 +100,9 @@ def test_nothing_waits_on_an_accelerator(accelerator, monkeypatch, batch_size):
     batches = [X[k :: 480 // batch_size] for k in range(480 // batch_size)]
     estimate(batches, batch_size=None, check_independence=False)  # traces, which looks at numbers of entries
     for name in ("block_until_ready", "device_get"):
+        wait = getattr(jax, name)
 
-        def noted(value, name=name, wait=getattr(jax, name)):
+        def noted(value, name=name, wait=wait):
             seen.extend([name] * any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)))
             return wait(value)
 

@@ -1,0 +1,55 @@
+"""What a call costs beside computing: programs that are started, as the profiler of jax counts them."""
+
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import flaxbn
+
+X = np.random.default_rng(0).normal(1.0, 2.0, (48, 4)).astype(np.float32)
+BATCHES = 4
+
+
+class Deep(nn.Module):
+    """As many layers as are asked for."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.layers):
+            x = nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
+        return x
+
+
+def started(folder, layers, method):
+    """How many programs a second call starts."""
+    model = Deep(layers)
+    variables = jax.jit(model.init)(jax.random.key(0), X[:2])
+
+    def estimate():
+        found = flaxbn.estimate_population_stats(
+            model, variables, X, batch_size=len(X) // BATCHES, method=method, check_independence=False
+        )
+        jax.block_until_ready(found)
+
+    estimate()
+    with jax.profiler.trace(folder):
+        estimate()
+    (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    lines = [line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines]
+    return sum("ExecuteHelperOnSingleDevice" in event.name for line in lines for event in line.events)
+
+
+def test_a_precise_pass_starts_few_programs_however_many_layers(tmp_path):
+    """The pass, and one that puts what was found on the device."""
+    few, many = started(tmp_path / "few", 2, "precise"), started(tmp_path / "many", 12, "precise")
+    assert 0 < few == many <= 5
+
+
+def test_an_exact_pass_starts_one_for_each_batch_of_each_layer(tmp_path):
+    """On a CPU; what merges batches there is no program."""
+    few, many = started(tmp_path / "few", 2, "exact"), started(tmp_path / "many", 12, "exact")
+    assert many - few == (12 - 2) * BATCHES
