@@ -10,9 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flaxbn.arithmetic.measure import Measured
 from flaxbn.arithmetic.moments import Moments, merge_along
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import Path, StoredLayers, as_tree, collect, name_unseen
+
+
+class Record(NamedTuple):
+    """What one call of a layer sees of a batch: its moments, and which channels have a single value."""
+
+    moments: Moments
+    single: Array
+
+    @classmethod
+    def of(cls, measured: Measured) -> "Record":
+        """What a batch leaves of what was measured."""
+        return cls(measured.moments, (measured.deviations.count > 0) & ~measured.several)
 
 
 class Result(NamedTuple):
@@ -23,16 +36,19 @@ class Result(NamedTuple):
         steps: the numbers of the batches.
         moments: for each call those of all these batches.
         first_bad: for each call the first place in `steps` whose moments are not finite, or -1.
+        first_single: likewise the first place where a channel has a single value; empty where that is looked at by
+            nobody.
     """
 
     entries: list[np.ndarray]
     steps: Sequence[int]
     moments: list[Moments]
     first_bad: Sequence[int]
+    first_single: Sequence[int] = ()
 
 
 class Pending(NamedTuple):
-    """The same on the device, where it may not be computed yet; `moments` and `first_bad` as `pack` packs them."""
+    """The same on the device, where it may not be computed yet; moments and both places as `pack` packs them."""
 
     entries: list[np.ndarray]
     steps: Sequence[int]
@@ -56,24 +72,37 @@ class NotFiniteError(ValueError):
 
 
 def merge_steps(steps: list[Moments]) -> tuple[list[Moments], Array]:
-    """For each tap its moments along the leading axis merged, and where the first ones lie that are not finite."""
+    """For each tap its moments along the leading axis merged, and where the first ones lie that are not finite.
 
-    def first_bad(moments: Moments) -> Array:
-        finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    So do moments that are finite, and of which sums that merging takes are not.
+    """
+
+    def first_bad(moments: Moments, merged: Moments) -> Array:
+        count, mean, var = moments
+        finite = jnp.isfinite(count * mean) & jnp.isfinite(count * var) & jnp.isfinite(count)
         finite = jnp.all(finite.reshape(len(finite), -1), 1)
-        return jnp.where(jnp.all(finite), -1, jnp.argmin(finite))
+        whole = jnp.all(jnp.isfinite(merged.mean) & jnp.isfinite(merged.var) & jnp.isfinite(merged.count))
+        return jnp.where(jnp.all(finite) & whole, -1, jnp.argmin(finite))
 
-    return [merge_along(m) for m in steps], jnp.asarray([first_bad(m) for m in steps])
+    merged = [merge_along(m) for m in steps]
+    return merged, jnp.asarray([first_bad(*pair) for pair in zip(steps, merged)])
 
 
-def pack(moments: Sequence[Moments], first_bad: Any) -> list[Array]:
-    """All moments, and a number for each, as one array of real numbers, and if need be one of complex means.
+def first_true(flags: Array) -> Array:
+    """The first place along the leading axis where a flag is set, or -1."""
+    each = jnp.any(flags.reshape(len(flags), -1), 1)
+    return jnp.where(jnp.any(each), jnp.argmax(each), -1)
+
+
+def pack(moments: Sequence[Moments], *places: Any) -> list[Array]:
+    """All moments, and for each some numbers, as one array of real numbers, and if need be one of complex means.
 
     Every array that leaves a device is a transfer of its own, and takes as long for one number as for thousands.
     """
     real = [field for m in moments for field in m if not jnp.iscomplexobj(field)]
     complex_means = [m.mean for m in moments if jnp.iscomplexobj(m.mean)]
-    kinds = [[*real, jnp.asarray(first_bad, jnp.float32)], *([complex_means] if complex_means else [])]
+    numbers = [jnp.asarray(numbers, jnp.float32) for numbers in places]
+    kinds = [[*real, *numbers], *([complex_means] if complex_means else [])]
     return [jnp.concatenate([jnp.ravel(array) for array in kind]) for kind in kinds]
 
 
@@ -93,7 +122,8 @@ def _unpack(result: Pending, real: np.ndarray, complex_means: np.ndarray | None 
 
     shapes = [entries.shape for entries in result.entries]
     moments = [Moments(take(0, s), take(int(c), s), take(0, s)) for s, c in zip(shapes, result.is_complex)]
-    return Result(result.entries, result.steps, moments, real[places[0] :].astype(int).tolist())
+    numbers = real[places[0] :].astype(int).tolist()
+    return Result(result.entries, result.steps, moments, numbers[: len(moments)], numbers[len(moments) :])
 
 
 def merged_by_layer(results: Sequence[Result], layers: StoredLayers) -> dict[Path, Moments]:
@@ -120,6 +150,19 @@ def check_finite(results: Sequence[Result], layers: StoredLayers) -> None:
         for entries, bad in zip(result.entries, result.first_bad):
             if bad >= 0:
                 raise NotFiniteError(layer_name(layers.layer_of(entries)), result.steps[bad])
+
+
+def check_several(results: Sequence[Result], layers: StoredLayers) -> None:
+    """A batch in which a layer sees a single value is an error: its own variance is 0, and its output constant."""
+    for result in results:
+        for entries, single in zip(result.entries, result.first_single):
+            if single >= 0:
+                raise ValueError(
+                    f"Each layer normalizes by the batch, which needs more than one value per channel: a mask, domains "
+                    f"or weights leave one to '{layer_name(layers.layer_of(entries))}' in batch {result.steps[single]} "
+                    "(counted from 0), so its output would be constant. Use larger batches, or leave out such a one; "
+                    'or `method="exact"`, which normalizes by all batches.'
+                )
 
 
 def warn_called_twice(results: Sequence[Result], layers: StoredLayers) -> None:

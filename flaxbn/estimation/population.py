@@ -15,7 +15,7 @@ from flaxbn.data.placement import own_mesh
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
-from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merged_by_layer, warn_called_twice
+from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, request
 from flaxbn.models.arguments import check_concrete
@@ -225,7 +225,7 @@ def _precise_moments(
     """What a precise pass found here, and the moments of each layer: of all processes, and of what was before."""
 
     def here() -> tuple[list[Result], dict[Path, Moments]]:
-        found = fetched(precise_pass(asked, data))
+        found = precise_pass(asked, data)
         return found, merged_by_layer(found, asked.layers)
 
     found, own = on_all(here)

@@ -34,6 +34,8 @@ def side_by_side(compute: Callable[[T], Any], parts: Sequence[T], cores: int, lo
     Options of jax that a context manager sets hold for one thread. Where `look()` sees others in a thread than here,
     the parts are computed one after the other, here.
     """
+    if cores == 1:
+        return [compute(part) for part in parts]
     with ThreadPoolExecutor(cores) as pool:
         if pool.submit(look).result() == look():
             return [*pool.map(lambda part: jax.block_until_ready(compute(part)), parts)]

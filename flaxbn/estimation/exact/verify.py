@@ -124,7 +124,7 @@ def _measured(calls: LayerCalls, leaves: Sequence[Any], weights: Array | None, g
     def on_tap(tap: Tap) -> tuple[Array, Array, Moments | None]:
         if tap.site not in statistics:
             return stored_statistics(tap)
-        return *statistics[tap.site], measure_tap(tap, calls.weights(tap, weights))
+        return *statistics[tap.site], measure_tap(tap, calls.weights(tap, weights)).moments
 
     _, records = calls.program.run(leaves, on_tap)
     return [record for record in records if record is not None]
