@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import merge_along
-from flaxbn.data.batches import count_samples
 from flaxbn.data.placement import split_axes
+from flaxbn.data.samples import common_length
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout
@@ -68,11 +68,11 @@ class Pass:
         weights = self.calls.sample_weights(closed, batch, present)
         rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
         leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
-        on_tap = functools.partial(self._on_tap, count_samples(batch), weights)
+        on_tap = functools.partial(self._on_tap, common_length(batch), weights)
         _, records = self.calls.program.run(leaves, on_tap)
         return [record for record in records if record is not None]
 
-    def _on_tap(self, samples: int, weights: Array | None, tap: Tap) -> tuple[Array, Array, Record | None]:
+    def _on_tap(self, samples: int | None, weights: Array | None, tap: Tap) -> tuple[Array, Array, Record | None]:
         if tap.site not in self.calls.entries:
             return stored_statistics(tap)
         self.calls.check_values(tap)

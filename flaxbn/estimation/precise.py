@@ -137,7 +137,7 @@ def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
     for step, batch in enumerate(data):
         batch, present = placed(batch, options.sharding)
         compiled, (closed,) = passes.find(_shapes(asked, batch, present))
-        args = (closed, variables, rngs, batch, present, step)
+        args = (closed, variables, rngs, jax.tree.leaves(batch), present, step)
         key, moments = compiled.moments_like(*args)
         chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
         ahead.started(chunk.add(compiled, *args))

@@ -14,7 +14,7 @@ from flaxbn.tracing.measure import measure_tap
 from flaxbn.tracing.primitive import Tap
 
 
-def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: NamedSharding | None) -> Measured:
+def measure_sharded(tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None) -> Measured:
     """`measure_tap` where batches of `samples` samples lie as `sharding`.
 
     Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and
@@ -22,8 +22,8 @@ def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: Nam
     whether the axis that is cut into parts is the one along which the samples lie.
     """
     parts = shards(sharding)
-    axis = _axis_of_samples(tap, samples)
-    if sharding is None or parts == 1 or axis is None or samples % parts:
+    axis = None if samples is None else _axis_of_samples(tap, samples)
+    if sharding is None or samples is None or parts == 1 or axis is None or samples % parts:
         return measure_tap(tap, weights)
 
     def cut(values: Array | None, axis: int) -> Array | None:

@@ -37,7 +37,7 @@ class Batch:
 
     Attributes:
         number: its place in the data, from 0.
-        size: its samples, without padding.
+        size: its samples, without padding; None where its arrays share no axis of samples.
         read: gives its arrays.
         segments: what runs it.
         closed: the arrays that these take besides.
@@ -46,7 +46,7 @@ class Batch:
     """
 
     number: int
-    size: int
+    size: int | None
     read: Callable[[], Any]
     segments: Segments
     closed: Closed
@@ -194,7 +194,7 @@ def fetch(asked: Request, batch: Batch) -> Values:
     """Reads a batch, and the weights of its samples."""
     whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
-        batch.weights = batch.segments.sample_weights(batch.closed, whole, present)
+        batch.weights = batch.segments.sample_weights(batch.closed, jax.tree.leaves(whole), present)
     keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
     return {v: values[v] for v in batch.segments.live[0]}

@@ -1,5 +1,6 @@
 """How exact statistics check themselves: with them, parts of a batch must give the moments of the whole."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,13 +44,25 @@ class IndependenceCheck:
 
     @classmethod
     def of(cls, asked: Request, batches: Sequence[Batch]) -> "IndependenceCheck | None":
-        """A check by the first batches that can tell; None without such, or where random numbers differ by batch."""
+        """A check by the first batches that can tell; None without such, or where random numbers differ by batch.
+
+        Warns:
+            UserWarning: where no batch has an axis of samples, along which it could be cut.
+        """
         if not batches or batches[0].segments.uses_keys:
             return None
+        if all(batch.size is None for batch in batches):
+            warnings.warn(
+                "Whether examples affect each other could not be checked: the arrays of a batch share no axis of "
+                "samples along which to cut it. Exact statistics are right if they do not; pass "
+                "`check_independence=False` to say so.",
+                stacklevel=2,
+            )
+            return None
         single: dict[int, Batch] = {}
-        for batch in batches:
+        for batch in (batch for batch in batches if batch.size is not None):
             if _has_weight(asked, batch):
-                if batch.size > 1:
+                if batch.size != 1:
                     return cls(asked, (replace(batch),))
                 if id(batch.segments) in single:
                     return cls(asked, (replace(single[id(batch.segments)]), replace(batch)))
@@ -61,11 +74,13 @@ class IndependenceCheck:
         seen = [moments_with(self.asked, batch, statistics) for batch in self.batches]
         if len(self.batches) == 1:
             whole, batch = seen[0], self.batches[0].read()
-            rows = split(self.batches[0].size)
+            rows = split(count_samples(batch))
             cut = [jax.tree.map(lambda a, part=part: a[part], batch) for part in rows]
             parts = self._moments_of(cut, [self._weights(part) for part in rows], statistics)
         else:
-            joined = jax.tree.map(lambda *a: jnp.concatenate(a), *(batch.read() for batch in self.batches))
+            first, second = (batch.read() for batch in self.batches)
+            leaves = map(jnp.concatenate, zip(jax.tree.leaves(first), jax.tree.leaves(second)))
+            joined = jax.tree.unflatten(jax.tree.structure(first), leaves)
             whole, parts = self._moments_of([joined], [self._weights([0])], statistics), _merge_each(*seen)
         segments = self.batches[0].segments
         dtypes = [eqn.invars[0].aval.dtype for eqn in segments.taps]
@@ -85,7 +100,8 @@ class IndependenceCheck:
         shapes = [shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts]
         try:
             compiled, closed = Compiled(_Parts, asked.options, unroll).find(*shapes)
-            return compiled.run(closed, asked.variables, asked.rngs, parts, weights, statistics)
+            leaves = [jax.tree.leaves(part) for part in parts]
+            return compiled.run(closed, asked.variables, asked.rngs, leaves, weights, statistics)
         except Exception as error:
             sizes = [count_samples(part) for part in parts]
             error.add_note(
