@@ -212,5 +212,7 @@ def _immutable_message(layer: nn.Module) -> str:
         '- pass `mutable=["batch_stats"]` to `apply`, and keep the collection that it returns; or\n'
         "- to normalize by batch statistics without an update, pass `update_running_average=False`, or call "
         '`flaxbn.apply(model, variables, batch, statistics="batch")`; or\n'
-        "- inside `nn.scan`, list 'batch_stats' in `variable_axes` or `variable_carry`."
+        "- inside `nn.scan`, list 'batch_stats' in `variable_axes` or `variable_carry`. Flax's scan does not create "
+        "what it carries: while the model is initializing (`self.is_initializing()`), list 'batch_stats' in "
+        "`variable_broadcast` instead."
     )

@@ -26,9 +26,7 @@ class Graphs(NamedTuple):
 
 def graph(nodes, edges):
     ends = RNG.integers(0, nodes, (2, edges))
-    return Graphs(
-        RNG.normal(1.0, 2.0, (nodes, 3)), RNG.normal(size=(edges, 2)), *ends, np.array([nodes])
-    )
+    return Graphs(RNG.normal(1.0, 2.0, (nodes, 3)), RNG.normal(size=(edges, 2)), *ends, np.array([nodes]))
 
 
 def joined(graphs, nodes=None, edges=None):
