@@ -72,16 +72,18 @@ class Measured(NamedTuple):
         pivot: a constant to differentiation.
         deviations: the Moments of `x - pivot`.
         largest: the largest weight of one position, 1 without weights. All have one shape.
+        overflow: whether sums are infinite. Then the variance is, and the mean means nothing; gradients are 0.
     """
 
     pivot: Array
     deviations: Moments
     largest: Array
+    overflow: Array
 
     @property
     def moments(self) -> Moments:
-        """The Moments of `x`, rounded."""
-        return shifted(self.deviations, self.pivot)
+        """The Moments of `x`, rounded; NaN as a mean where sums overflow."""
+        return shifted(self.deviations, jnp.where(self.overflow, jnp.nan, self.pivot))
 
     @property
     def several(self) -> Array:
@@ -142,11 +144,12 @@ def measure_deviations(
             deviation = jnp.where(weights > 0, deviation, 0)  # the square of what is hidden may be infinite
     count, first, second = sums(deviation, abs2(deviation))
     count = count + jnp.zeros_like(second)  # split over devices as the channels are, where axes are Explicit
-    mean, var = _guarded_mean_and_var(count, first, second)
+    overflow = second == jnp.inf  # squares are the first to overflow; of NaN they are NaN
+    mean, var = mean_and_var(count, jnp.where(overflow, 0, first), second)
     wide, count = widen(x.dtype), count * counted.unit
     moments = Moments(count, mean.astype(wide), var.astype(widen(real)))
     pivot, largest = (jnp.broadcast_to(a, count.shape) for a in (pivot, counted.largest))
-    return Measured(pivot.astype(wide), moments, largest.astype(count.dtype))
+    return Measured(pivot.astype(wide), moments, largest.astype(count.dtype), overflow)
 
 
 class _Weights(NamedTuple):
@@ -194,14 +197,6 @@ def _in_units(
     own = jnp.where(own > 0, own, 1)  # there is none for a domain out of range
     units = jnp.where(jnp.isfinite(own), weights / own, 0) * jnp.asarray(1 / many, real)
     return _Weights(units, power * many, largest)
-
-
-def _guarded_mean_and_var(count: Array, first: Array, second: Array) -> tuple[Array, Array]:
-    """`mean_and_var`; where sums overflow the variance is infinite, of NaN it is NaN, and then gradients are 0."""
-    raw_mean, raw_var = jax.lax.stop_gradient(mean_and_var(count, first, second))
-    finite = jnp.isfinite(raw_mean) & jnp.isfinite(raw_var)
-    mean, var = mean_and_var(count, jnp.where(finite, first, 0), jnp.where(finite, second, 0))
-    return jnp.where(finite, mean, raw_mean), jnp.where(finite, var, jnp.where(jnp.isnan(second), jnp.nan, jnp.inf))
 
 
 def sample(x: Array, axes: Sequence[int]) -> Array:

@@ -37,13 +37,14 @@ def measure_sharded(tap: Tap, weights: Array | None, samples: int | None, shardi
     in_axes = tuple(None if part is value else 0 for part, value in zip(given, whole))
 
     def measured(x: Any, weights: Any, mask: Any, domain: Any) -> Array:
-        pivot, deviations, largest = measure_tap(tap._replace(x=x, weights=mask, domain=domain), weights)
+        pivot, deviations, largest, _ = measure_tap(tap._replace(x=x, weights=mask, domain=domain), weights)
         return jnp.stack((pivot, *deviations, largest))
 
     found = jax.vmap(measured, in_axes)(*given)
     found = jax.lax.with_sharding_constraint(found, replicated(sharding))
     pivots, *deviations, largest = jnp.moveaxis(found, 1, 0)
-    return Measured(*merge_deviations_along(pivots, Moments(*deviations)), jnp.max(largest, 0))
+    pivot, merged = merge_deviations_along(pivots, Moments(*deviations))
+    return Measured(pivot, merged, jnp.max(largest, 0), jnp.isinf(merged.var))
 
 
 def _axis_of_samples(tap: Tap, samples: int) -> int | None:

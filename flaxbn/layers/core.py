@@ -201,10 +201,10 @@ def _measure(options: Options, mode: Mode, arranged: Arranged, x: Array) -> _Bat
         axis_name=None if mode.initializing else options.axis_name,
         axis_index_groups=options.axis_index_groups,
     )
-    pivot, deviations, _ = measured
+    pivot, deviations, *_ = measured
     hides_some = arranged.weights is not None or arranged.sharing.domain is not None
     enough = measured.several if hides_some and not options.accepts_single_value else deviations.count > 0
-    return _Batch(pivot, deviations, enough & ~jnp.isinf(deviations.var))
+    return _Batch(pivot, deviations, enough & ~measured.overflow)
 
 
 def _select(batch: _Batch, running: _Running, weighted: bool) -> _Selected:

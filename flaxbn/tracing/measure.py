@@ -24,7 +24,7 @@ def batch_statistics(tap: Tap, measured: Measured) -> tuple[Array, Array]:
     As in a layer that trains: those of a single value would make the output constant, and those that overflow are none.
     """
     moments = measured.moments
-    usable = measured.several & ~jnp.isinf(moments.var)
+    usable = measured.several & ~measured.overflow
     return jnp.where(usable, moments.mean, tap.mean), jnp.where(usable, moments.var, tap.var)
 
 
