@@ -165,6 +165,17 @@ def check_several(results: Sequence[Result], layers: StoredLayers) -> None:
                 )
 
 
+def check_population(result: Result, layers: StoredLayers) -> None:
+    """A population of a single value, of a domain say, is an error: its variance is 0."""
+    for entries, moments in zip(result.entries, result.moments):
+        if np.any((moments.count == 1) & (moments.var == 0)):
+            raise ValueError(
+                f"A population needs more than one value per channel: '{layer_name(layers.layer_of(entries))}' has a "
+                "channel that sees a single one in all data, whose variance is 0. Give more data, of each domain; or "
+                "leave the layer out by `only`."
+            )
+
+
 def warn_called_twice(results: Sequence[Result], layers: StoredLayers) -> None:
     """Warns of layers whose calls were merged."""
     total = max(int(e.max()) for e in layers.entries.values()) + 1

@@ -79,6 +79,16 @@ def test_exact_statistics_take_batches_of_one():
     assert_same_statistics(estimate([batch(ONE), batch(~ONE)], method="exact"), one_oracle(X))
 
 
+def test_a_population_of_one_value():
+    """Of a domain, in all batches together."""
+    model, data = DomainLayer(2), {"x": X, "domain": np.array([0, 0, 0, 1, 0, 0])}
+    variables = model.init(jax.random.key(0), data)
+    with pytest.raises(ValueError, match=r"'norm' has a channel that sees a single one in all data"):
+        flaxbn.estimate_population_stats(model, variables, data, batch_size=2, method="exact")
+    with pytest.raises(ValueError, match=r"'norm' has a channel that sees a single one in all data"):
+        estimate([batch(ONE), batch(~WHOLE)], method="exact")
+
+
 @pytest.mark.parametrize("weight", [np.inf, 3e38])
 @pytest.mark.parametrize("method", ["precise", "exact"])
 def test_weights_that_overflow(weight, method):

@@ -16,7 +16,7 @@ from flaxbn.estimation.exact.layer_by_layer import Batch, run
 from flaxbn.estimation.exact.plan import plan_batches
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.verify import IndependenceCheck
-from flaxbn.estimation.layer_moments import Result, check_finite
+from flaxbn.estimation.layer_moments import Result, check_finite, check_population
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries
 
@@ -40,6 +40,8 @@ def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, 
 
     def verify() -> None:
         check_finite([result], asked.layers)
+        if asked.options.sample_weight is None:
+            check_population(result, asked.layers)
         if check is not None:
             check.run(found.statistics, [moments.var for moments in found.moments])
 
