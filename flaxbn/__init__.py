@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flaxbn import domains as domains
     from flaxbn import linen as linen
     from flaxbn.data.placement import data_sharding as data_sharding
+    from flaxbn.domains import weight_decay_mask as weight_decay_mask
     from flaxbn.estimation.exact.plan import Plan as Plan
     from flaxbn.estimation.exact.plan import plan as plan
     from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 _MODULES = ("diagnostics", "domains", "linen")
 _ROOMS = {
     "data_sharding": "data.placement",
+    "weight_decay_mask": "domains",
     "Plan": "estimation.exact.plan",
     "plan": "estimation.exact.plan",
     "estimate_population_stats": "estimation.population",

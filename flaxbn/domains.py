@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
+from flaxbn.models.batch_stats import dict_names
 
 StatsByDomain = Mapping[str, Any]
 """For each name of a domain a `batch_stats` tree."""
@@ -172,6 +173,34 @@ def unstack(batch_stats: Any, names: Sequence[str], axis: int = 0) -> dict[str, 
             f"{sorted(sizes)}."
         )
     return {name: jax.tree.map(lambda a, i=i: jnp.take(a, i, axis), batch_stats) for i, name in enumerate(names)}
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """Which parameters weight decay is for: True for kernels and embeddings, False for scales and biases.
+
+    Decay pulls weights to 0; of a scale, which has nothing to make up for it, it takes what the layer has learned. The
+    usual mask, `ndim > 1`, tells them apart no more where scales have two axes: with `domain_affine`, one for each
+    domain, or stacked by `nn.scan` and `nn.vmap`. Here a parameter named `scale` or `bias` is not decayed, whatever its
+    shape, nor is one with less than two axes.
+
+    Examples:
+        >>> import flaxbn, numpy as np, optax
+        >>> params = {"dense": {"kernel": np.ones((4, 3)), "bias": np.ones(3)}, "norm": {"scale": np.ones((2, 3))}}
+        >>> flaxbn.weight_decay_mask(params)
+        {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+        >>> optimizer = optax.adamw(1e-3, mask=flaxbn.weight_decay_mask)
+
+    Args:
+        params: the parameters of a model, or their shapes.
+
+    Returns:
+        A tree of bools like `params`, for the `mask` of optax's optimizers, which also take the function itself.
+    """
+
+    def is_decayed(path: Any, leaf: Any) -> bool:
+        return len(leaf.shape) > 1 and not {"scale", "bias"}.intersection(dict_names(path)[-1:])
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def _check_names(names: Sequence[Any]) -> None:

@@ -1,9 +1,11 @@
 """Domains as named collections, for models that know nothing of domains."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from models import DomainLayer, OneLayer
@@ -107,3 +109,52 @@ def test_checkpoints_keep_domains(tmp_path):
 def test_errors(error, message, act):
     with pytest.raises(error, match=message):
         act()
+
+
+class Scaled(nn.Module):
+    """A scale and a bias for each domain, stacked ones of a scan, and others of their kind."""
+
+    @nn.compact
+    def __call__(self, x, domain):
+        norm = flaxbn.BatchNorm(use_running_average=True, num_domains=2, domain_affine=True, name="norm")
+        x = norm(nn.Dense(4, name="dense")(x), domain=domain)
+        axes = {"params": 0, "batch_stats": 0}
+        layers = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return nn.DenseGeneral((2, 2), name="heads")(layers(name="scan")(x, None)[0])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = flaxbn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(4, name="dense")(x))
+        return nn.LayerNorm(name="layer")(x), None
+
+
+def test_weight_decay_is_for_kernels():
+    """A hundred steps of AdamW without a gradient: each takes `learning rate * decay`, and by default of all."""
+    x, domain = DATA["clean"][:4], np.array([0, 1, 1, 0])
+    params = jax.jit(Scaled().init)(jax.random.key(0), x, domain)["params"]
+    mask = flaxbn.weight_decay_mask(params)
+    kernel, others = {"kernel": True, "bias": False}, {"scale": False, "bias": False}
+    assert mask == {
+        "dense": kernel,
+        "norm": others,
+        "scan": {"dense": kernel, "norm": others, "layer": others},
+        "heads": kernel,
+    }
+
+    def after(**options):
+        optimizer = optax.adamw(1e-2, weight_decay=0.1, **options)
+        state = (params, optimizer.init(params))
+
+        def step(state, _):
+            updates, inner = optimizer.update(jax.tree.map(jnp.zeros_like, params), state[1], state[0])
+            return (optax.apply_updates(state[0], updates), inner), None
+
+        return jax.lax.scan(step, state, None, length=100)[0][0]
+
+    kept = 0.999**100
+    for options in ({"mask": mask}, {"mask": flaxbn.weight_decay_mask}):
+        expected = jax.tree.map(lambda a, decayed: a * kept if decayed else a, params, mask)
+        chex.assert_trees_all_close(after(**options), expected, rtol=1e-5)  # a hundred roundings
+    np.testing.assert_allclose(after()["norm"]["scale"], kept, rtol=1e-5)

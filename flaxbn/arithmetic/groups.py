@@ -73,6 +73,22 @@ class Sharing:
         sums = jax.ops.segment_sum(sums, self.domain, self.num_domains)
         return jnp.broadcast_to(sums, (len(sums), *channels))
 
+    def largest(self, weights: Array, shape: tuple[int, ...]) -> Array:
+        """The largest weight of what shares statistics, 0 where there is nothing.
+
+        Args:
+            weights: not negative; of the rank of `shape`, each axis equal to that of `shape` or 1.
+            shape: that of the values.
+
+        Returns:
+            Shaped as `total` gives it, but that channels are one where weights do not tell them apart: for `spread`.
+        """
+        found = jnp.max(weights, self._inner, initial=0)
+        if self.domain is None:
+            return found
+        found = jnp.broadcast_to(found, (shape[0], *found.shape[1:]))
+        return jnp.maximum(jax.ops.segment_max(found, self.domain, self.num_domains), 0)
+
     def spread(self, statistics: Array) -> Array:
         """Statistics as `total` gives them, shaped to broadcast against the positions.
 

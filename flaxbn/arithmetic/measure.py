@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,36 @@ def measure(
     if any(not -x.ndim <= axis < x.ndim for axis in axes):
         raise ValueError(f"`axes` must lie within the rank of the values: got {tuple(axes)} for shape {x.shape}.")
     sharing = Sharing(tuple(sorted(axis % x.ndim for axis in axes)))
-    pivot, deviations = measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype)
-    return shifted(deviations, pivot)
+    return measure_deviations(x, sharing, weights=weights, fast=fast, dtype=dtype).moments
+
+
+class Measured(NamedTuple):
+    """What is measured, before it is rounded: the mean of `x` is `pivot + deviations.mean`.
+
+    That is a sum whose second term is lost to rounding where `|mean|` is large against the standard deviation;
+    `normalize` takes both terms and loses nothing.
+
+    Attributes:
+        pivot: a constant to differentiation.
+        deviations: the Moments of `x - pivot`.
+        largest: the largest weight of one position, 1 without weights. All have one shape.
+        overflow: whether sums are infinite. Then the variance is, and the mean means nothing; gradients are 0.
+    """
+
+    pivot: Array
+    deviations: Moments
+    largest: Array
+    overflow: Array
+
+    @property
+    def moments(self) -> Moments:
+        """The Moments of `x`, rounded; NaN as a mean where sums overflow."""
+        return shifted(self.deviations, jnp.where(self.overflow, jnp.nan, self.pivot))
+
+    @property
+    def several(self) -> Array:
+        """Whether more than one value counts: one alone weighs as much as all, to the last digit."""
+        return self.largest < self.deviations.count
 
 
 def measure_deviations(
@@ -72,38 +100,35 @@ def measure_deviations(
     dtype: Any = None,
     axis_name: Hashable = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> tuple[Array, Moments]:
-    """`measure` before rounding: a constant `pivot` and the Moments of `x - pivot`.
-
-    The mean of `x` is `pivot + moments.mean`, a sum whose second term is lost to rounding where `|mean|` is large
-    against the standard deviation; `normalize` takes both terms and loses nothing. `shifted` adds them.
+) -> Measured:
+    """`measure` before rounding, of any positions that share statistics, those of other members included.
 
     The pivot is the mean of a `sample`, so that `x` is read once. With weights or domains, of which a sample may hold
-    nothing, it is the mean of all, which takes a pass of its own.
+    nothing, it is the mean of all, which takes a pass of its own. Where sums overflow the variance is infinite.
 
     Args:
         x: the values, real, complex or integer.
         sharing: which of them share statistics.
         weights, fast, dtype: as in `measure`.
-        axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s.
+        axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s, and with
+            weights that are no bools a `pmax`.
 
     Returns:
-        The pivot and the Moments, float32 or wider, of the shape that `sharing` gives statistics.
+        float32 or wider, of the shape that `sharing` gives statistics.
     """
     inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     x = x.astype(dtype if inexact else widen(x.dtype))
     real = jnp.finfo(x.dtype).dtype
+    counted = _Weights(jnp.ones((1,) * x.ndim, real), jnp.ones((), real), jnp.ones((), real))
     if weights is not None:
         check_weights(weights, x.shape)
-        taken = weights > 0
-        x = jnp.where(taken, x, 0)
-        weights = jnp.where(taken, weights, 0).astype(real)
+        x = jnp.where(weights > 0, x, 0)
+        counted = _in_units(weights, x.shape, real, sharing, axis_name, axis_index_groups)
 
     def sums(*values: Array) -> tuple[Array, ...]:
         """The sum of the weights, and that of each of the values, over all members."""
-        counted = jnp.ones((1,) * x.ndim, real) if weights is None else weights
-        weighted = [v if weights is None else weights * v for v in values]
-        found = sharing.count(counted, values[0].shape), *sharing.total(weighted)
+        weighted = [v if weights is None else counted.weights * v for v in values]
+        found = sharing.count(counted.weights, values[0].shape), *sharing.total(weighted)
         if axis_name is not None:
             found = jax.lax.psum(found, axis_name, axis_index_groups=axis_index_groups)
         return tuple(map(_kept, found))
@@ -112,13 +137,66 @@ def measure_deviations(
     if not fast:
         whole = weights is not None or sharing.domain is not None
         count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes)))
-        pivot = _kept(rounded_mean(first, count).astype(x.dtype))
+        pivot = rounded_mean(first, count).astype(x.dtype)
+        pivot = _kept(jnp.where(jnp.isfinite(pivot), pivot, 0))
         deviation = x - sharing.spread(pivot)
+        if weights is not None:
+            deviation = jnp.where(weights > 0, deviation, 0)  # the square of what is hidden may be infinite
     count, first, second = sums(deviation, abs2(deviation))
     count = count + jnp.zeros_like(second)  # split over devices as the channels are, where axes are Explicit
-    mean, var = mean_and_var(count, first, second)
-    wide = widen(x.dtype)
-    return jnp.broadcast_to(pivot, count.shape).astype(wide), Moments(count, mean.astype(wide), var.astype(widen(real)))
+    overflow = second == jnp.inf  # squares are the first to overflow; of NaN they are NaN
+    mean, var = mean_and_var(count, jnp.where(overflow, 0, first), second)
+    wide, count = widen(x.dtype), count * counted.unit
+    moments = Moments(count, mean.astype(wide), var.astype(widen(real)))
+    pivot, largest = (jnp.broadcast_to(a, count.shape) for a in (pivot, counted.largest))
+    return Measured(pivot.astype(wide), moments, largest.astype(count.dtype), overflow)
+
+
+class _Weights(NamedTuple):
+    """Weights in a unit of their own, in which no sum of them overflows, nor one of values that they are multiplied by.
+
+    Attributes:
+        weights: of the rank of the values, in units.
+        unit: powers of two, shaped to broadcast against statistics.
+        largest: the largest weight, likewise.
+    """
+
+    weights: Array
+    unit: Array
+    largest: Array
+
+
+def _in_units(
+    weights: Array,
+    shape: tuple[int, ...],
+    real: Any,
+    sharing: Sharing,
+    axis_name: Hashable,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+) -> _Weights:
+    """Weights, those that are not positive 0, divided by their largest and by the number of values, as powers of two.
+
+    Bools need no largest. Half precision would lose what is divided by many. Where the largest is infinite, the count
+    is NaN.
+    """
+    positions = math.prod(shape[axis] for axis in sharing.axes)
+    many = 2.0 ** math.ceil(math.log2(max(positions, 1))) if real.itemsize > 2 else 1.0
+    if weights.dtype == bool:
+        return _Weights(jnp.where(weights, jnp.asarray(1 / many, real), 0), jnp.asarray(many, real), jnp.ones((), real))
+    weights = jnp.where(weights > 0, weights, 0).astype(real)
+    largest = sharing.largest(jax.lax.stop_gradient(weights), shape)
+    if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name, axis_index_groups=axis_index_groups)
+    largest = checkpoint_name(largest, SUMS)
+    power = jax.lax.reduce_precision(largest / 4, jnp.finfo(real).nexp, 0)
+    # The unit and its inverse are normal numbers; of an infinite weight it stays infinite.
+    most = 2.0 ** (jnp.finfo(real).maxexp - 2) / many
+    power = jnp.where(jnp.isfinite(power), jnp.minimum(power, most), power)
+    power = jnp.where(power > 0, power, 1)
+    own = sharing.spread(power)
+    own = jnp.where(own > 0, own, 1)  # there is none for a domain out of range
+    units = jnp.where(jnp.isfinite(own), weights / own, 0) * jnp.asarray(1 / many, real)
+    return _Weights(units, power * many, largest)
 
 
 def sample(x: Array, axes: Sequence[int]) -> Array:

@@ -88,14 +88,17 @@ def merge_along(moments: Moments, axis: int = 0) -> Moments:
     return Moments(*(field.squeeze(axis) for field in merged))
 
 
-def merge_deviations_along(pivots: Array, deviations: Moments) -> Moments:
+def merge_deviations_along(pivots: Array, deviations: Moments) -> tuple[Array, Moments]:
     """Merges along the leading axis what `measure_deviations` gives: nothing is lost to the rounding of large means.
 
     The parts' pivots differ by much less than they measure, so their differences are exact, and small.
+
+    Returns:
+        A pivot, and the Moments of the deviations from it.
     """
     count = deviations.count
     common = rounded_mean(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
-    return shifted(merge_along(shifted(deviations, pivots - common)), common[0])
+    return common[0], merge_along(shifted(deviations, pivots - common))
 
 
 def merge_across(

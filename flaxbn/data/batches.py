@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.placement import to_auto
+from flaxbn.data.samples import common_length, hide
+from flaxbn.data.samples import count_samples as count_samples
 
 
 class Source(NamedTuple):
@@ -71,6 +73,7 @@ class Stream:
     """Batches of an iterable, which is read once, cut off exactly at `num_samples` samples.
 
     A batch is copied when it arrives: loaders fill one buffer again and again, and jax on a CPU may use it in place.
+    It may hold anything beside samples, as `hide` leaves it; only where samples are counted must they have an axis.
     """
 
     batches: Iterable[Any]
@@ -79,15 +82,15 @@ class Stream:
     def __iter__(self) -> Iterator[Any]:
         """The batches as they come."""
         seen = 0
-        for batch in self.batches:
+        for batch in map(hide, self.batches):
             check_not_deleted("batches", batch)
-            size = count_samples(batch)
+            size = common_length(batch)
             if self.num_samples is not None:
-                size = min(size, self.num_samples - seen)
+                size = min(count_samples(batch), self.num_samples - seen)
                 batch = jax.tree.map(lambda a, size=size: a[:size], batch)
-            if size:
+            if size != 0:
                 yield to_auto(jax.tree.map(_received, batch))
-            seen += size
+            seen += 1 if size is None else size
             if seen == self.num_samples:
                 return
         _check_enough(seen, self.num_samples)
@@ -105,12 +108,17 @@ class Stream:
                 "Give arrays and a `batch_size`, a list of batches, or an iterable with a length."
             )
         if isinstance(batches, Sequence):
-            batches = [abstract(batch) for batch in batches]  # one that reads its batches when asked is asked once
+            batches = [
+                abstract(hide(batch)) for batch in batches
+            ]  # one that reads its batches when asked is asked once
         else:
-            batches = [next(iter(batches))] * len(batches) if len(batches) else []
-        sizes = [count_samples(batch) for batch in batches]
-        ends = np.cumsum(sizes) if self.num_samples is None else np.minimum(np.cumsum(sizes), self.num_samples)
-        _check_enough(int(ends[-1]) if sizes else 0, self.num_samples)
+            batches = [hide(next(iter(batches)))] * len(batches) if len(batches) else []
+        if self.num_samples is None:
+            some = [abstract(batch) for batch in batches if common_length(batch) != 0]
+            _check_enough(len(some), None)
+            return some
+        ends = np.minimum(np.cumsum([count_samples(batch) for batch in batches]), self.num_samples)
+        _check_enough(int(ends[-1]) if len(ends) else 0, self.num_samples)
         return [abstract(batch, size) for batch, size in zip(batches, np.diff(ends, prepend=0).tolist()) if size]
 
     def sources(self) -> list[Source]:
@@ -166,16 +174,6 @@ def consecutive_rows(samples: int, batch_size: int) -> tuple[np.ndarray, ...]:
     return tuple(group for group in (rows[:full].reshape(-1, batch_size), rows[None, full:]) if group.size)
 
 
-def count_samples(arrays: Any) -> int:
-    """The length of the leading axis that all leaves of `arrays` share."""
-    leaves = jax.tree.leaves(arrays)
-    shapes = [np.shape(leaf) for leaf in leaves]
-    if not shapes or any(not shape or shape[0] != (shapes[0] or (0,))[0] for shape in shapes):
-        received = ", ".join(map(str, shapes)) or "no arrays"
-        raise ValueError(f"A batch must be a pytree of arrays with a common leading sample axis: got {received}.")
-    return shapes[0][0]
-
-
 def check_positive(name: str, value: int | None) -> None:
     """An option that counts must be a positive integer."""
     if value is not None and (not isinstance(value, int | np.integer) or value < 1):
@@ -188,7 +186,7 @@ def abstract(batch: Any, size: int | None = None) -> Any:
     def shape(a: Any) -> jax.ShapeDtypeStruct:
         a = a if isinstance(a, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic) else np.asarray(a)
         dtype = jax.dtypes.canonicalize_dtype(a.dtype, allow_extended_dtype=True)
-        return jax.ShapeDtypeStruct((a.shape[0] if size is None else size, *a.shape[1:]), dtype)
+        return jax.ShapeDtypeStruct(a.shape if size is None else (size, *a.shape[1:]), dtype)
 
     return jax.tree.map(shape, batch)
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flaxbn.data.samples import count_samples
+
 
 def data_sharding() -> NamedSharding:
     """Batches split along their leading axis over all devices of this process.
@@ -159,7 +161,7 @@ def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray 
     """A batch on the device or devices, padded to what divides, and which of its samples are present."""
     if sharding is None:
         return jax.tree.map(jnp.asarray, batch), None
-    size = len(jax.tree.leaves(batch)[0])
+    size = count_samples(batch)
     present = padding(size, shards(sharding))
     if present is not None:
         rows = np.minimum(np.arange(len(present)), size - 1)

@@ -17,11 +17,21 @@ from flaxbn.diagnostics.evidence import NoiseByDomain, Subject, gather
 from flaxbn.diagnostics.findings import Finding
 from flaxbn.diagnostics.loss_gap import Gap
 from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
+from flaxbn.diagnostics.renormalization import not_begun, out_of_bounds
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
 from flaxbn.models.arguments import check_model
 from flaxbn.models.linen import Call
 
-RULES = (not_finite_loss, never_estimated, mixed_domains, lagging_average, alike_batches, small_batches)
+RULES = (
+    not_finite_loss,
+    never_estimated,
+    mixed_domains,
+    lagging_average,
+    alike_batches,
+    small_batches,
+    not_begun,
+    out_of_bounds,
+)
 """`Evidence -> findings`, in the order in which they are reported: what hides other traps comes first."""
 
 
@@ -92,6 +102,9 @@ shuffled, significantly: the examples of a batch are alike |
     | batches too small | `BatchNoise.typical_share` of a layer exceeds 0.1, of the examples shuffled too: a tenth of \
 what half of its channels put out is noise of the batch; or it is twice that of the examples shuffled, but the batches \
 are too few to say that their order did it |
+    | renormalization not begun | a layer of `BatchRenorm` was updated, and its schedules are still at 1 and 0 |
+    | batches too small to renormalize | a tenth of what half of the channels of a layer of `BatchRenorm` put out is \
+noise of the batch that its bounds clip, of the examples shuffled |
 
     After one of the first two nothing else is looked at. *Far* is what changes a layer's output by more than the noise
     of a batch does, `Drift.share` against `BatchNoise.share`: training has shown the network that much in every step;
@@ -99,8 +112,8 @@ are too few to say that their order did it |
     population is that of batches as in training or, of arrays, of batches as an estimate cuts them, where the stored
     statistics are much closer to that.
 
-    Layers of `BatchRenorm` are never found to have such batches: they put out what the running average makes of their
-    input.
+    The traps of batches are those of other layers than `BatchRenorm`, which puts out what the running average makes of
+    its input; the last two are its own.
 
     Examples:
         >>> import flax.linen as nn, jax, numpy as np

@@ -6,7 +6,7 @@ measured here. Some rules come first and look at the subject alone, see precondi
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +20,10 @@ from flaxbn.diagnostics.drift import Drift, compare
 from flaxbn.diagnostics.findings import HARMLESS_SHARE
 from flaxbn.diagnostics.loss_gap import Gap, gap
 from flaxbn.diagnostics.noise import BatchNoise, noise_among
+from flaxbn.diagnostics.renorm_layers import Bounds, bounds_of_rows, renormalized
 from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
-from flaxbn.layers.linen import BatchRenorm
-from flaxbn.models.batch_stats import Path
-from flaxbn.models.linen import Call, trace
+from flaxbn.models.linen import Call
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 
 _MOSTLY = 0.9
@@ -107,8 +106,10 @@ class Evidence:
             not hold one domain each.
         noise: of batches, by domain where batches hold one domain each, else under None.
         shuffled: as `noise`, of the same examples in batches drawn anew within each domain.
-        renormalized: the rows of `BatchRenorm` layers, which do not put out what the batch makes of their input.
+        renormalized: the rows of `BatchRenorm` layers, which do not put out what the batch makes of their input, with
+            their bounds.
         losses: what normalization adds to the loss, by domain, and under None for all.
+        left_by_bounds: of these rows, what `shuffled` is where they renormalize.
     """
 
     drift: tuple[Drift, ...]
@@ -116,8 +117,9 @@ class Evidence:
     domain_drift: Mapping[Any, tuple[Drift, ...]]
     noise: NoiseByDomain
     shuffled: NoiseByDomain
-    renormalized: frozenset[str]
+    renormalized: Mapping[str, Bounds]
     losses: Mapping[Any, Gap]
+    left_by_bounds: NoiseByDomain = field(default_factory=dict)
 
 
 def gather(
@@ -143,14 +145,17 @@ def gather(
     anew = {label: subject.moments_of(reshuffled(of_one)) for label, of_one in batches.items()}
     drift = _drift(subject, groups, batches, epsilon)
     ran = {record.layer for record in drift}
+    bounds = bounds_of_rows(model, variables, subject.batches[0], call, rows)
+    left = {label: renormalized(moments, rows, bounds, epsilon) for label, moments in anew.items()}
     return Evidence(
         drift=drift,
         never_estimated=tuple(row.name for row in never_estimated(stored, rows) if row.name in ran),
         domain_drift=_domain_drift(subject, groups, epsilon),
         noise=_noise_by_domain(subject, groups, epsilon),
         shuffled=_noise_by_domain(subject, anew, epsilon),
-        renormalized=_renormalized(subject),
+        renormalized=bounds,
         losses=gap(model, variables, iter(subject.batches), loss_fn, call=call, domain=domain),
+        left_by_bounds={} if not bounds else _noise_by_domain(subject, left, epsilon),
     )
 
 
@@ -221,17 +226,3 @@ def _noise_by_domain(subject: Subject, groups: Mapping[Any, Sequence[Any]], epsi
     return {
         label: noise_among(group, subject.batch_size, subject.rows, epsilon=epsilon) for label, group in groups.items()
     }
-
-
-def _renormalized(subject: Subject) -> frozenset[str]:
-    """The rows of `BatchRenorm` layers, which are known only where they run: a trace looks at each call."""
-    paths: set[Path] = set()
-
-    def note(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, BatchRenorm):
-            paths.add(context.module.path)
-        return method(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        trace(subject.model, subject.variables, subject.batches[0], subject.call, None)
-    return frozenset(row.name for path in paths for row in subject.rows.get(path, ()))

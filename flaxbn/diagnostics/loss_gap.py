@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.data.batches import Stream, count_samples, open_batches
+from flaxbn.data.samples import show
 from flaxbn.models.apply import apply
 from flaxbn.models.linen import Call
 
@@ -145,7 +146,7 @@ def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterabl
     """Batches in the order of the data; of arrays, where `full`, without a smaller last one."""
     data = open_batches(batches, batch_size, in_order=True)
     if isinstance(data, Stream) or not full:
-        return data
+        return map(show, data)
     return (data.take(places) for group in data.groups for places in group if len(places) == batch_size)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches, strided_rows
+from flaxbn.data.samples import show
 
 
 def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
@@ -68,7 +69,7 @@ def _full_batches(data: Stream, num_batches: int) -> list[Any]:
             "Batches must be of one size, that of training, but for a smaller last one, which is left out: got "
             f"{sorted(set(sizes))} samples. Give batches of one size."
         )
-    full = [batch for batch, size in zip(some, sizes) if size == sizes[0] > 0]
+    full = [show(batch) for batch, size in zip(some, sizes) if size == sizes[0] > 0]
     if len(full) < 2:
         raise ValueError(
             f"Two batches of one size are needed at least: got batches of {sizes} samples and "

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.data.batches import count_samples
 from flaxbn.data.placement import place
+from flaxbn.data.samples import common_length, count_samples, show
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
 from flaxbn.models.entries import entries_read
@@ -47,7 +47,7 @@ class LayerCalls(NamedTuple):
         entries: for each such tap, by its site, the numbers of the stored entries that it reads.
         is_complex: for each of them, whether its input is complex, and its mean so, too.
         batch_axes: the axis of the tap's input along which the samples lie, where weights are in use.
-        samples: how many a batch has, padding included.
+        samples: how many a batch has, padding included; None where its arrays share no axis of samples.
         present: how many samples are no padding, where there is padding.
         weigh: the traced `sample_weight`; its arguments are the arrays that it closes over, then the batch's leaves.
     """
@@ -57,7 +57,7 @@ class LayerCalls(NamedTuple):
     entries: dict[int, np.ndarray]
     is_complex: list[bool]
     batch_axes: dict[int, int]
-    samples: int
+    samples: int | None
     present: int | None
     weigh: Program | None
 
@@ -122,7 +122,7 @@ def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerC
     program, closed = as_arguments(program)
     weigh, closed_by_weights = _trace_weights(options.sample_weight, batch)
     counts = (len(closed), *(len(jax.tree.leaves(tree)) for tree in arguments))
-    calls = LayerCalls(program, counts, found, is_complex, axes, count_samples(batch), shapes.present, weigh)
+    calls = LayerCalls(program, counts, found, is_complex, axes, common_length(batch), shapes.present, weigh)
     return calls, Closed(*(_placed(arrays, options.sharding) for arrays in (closed, closed_by_weights)))
 
 
@@ -130,7 +130,7 @@ def _trace_weights(sample_weight: Any, batch: Any) -> tuple[Program | None, list
     """`sample_weight` as a program, and the arrays that it closes over."""
     if sample_weight is None:
         return None, []
-    closed = jax.make_jaxpr(lambda batch: jnp.asarray(sample_weight(batch)))(batch)
+    closed = jax.make_jaxpr(lambda batch: jnp.asarray(sample_weight(show(batch))))(batch)
     (weights,), size = closed.out_avals, count_samples(batch)
     if weights.shape != (size,):
         raise ValueError(f"`sample_weight` must return one weight per sample, shape ({size},): got {weights.shape}.")

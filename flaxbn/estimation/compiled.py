@@ -39,7 +39,8 @@ class PassOptions(NamedTuple):
 class Shapes(NamedTuple):
     """The structure and the leaves' shapes of (variables, batch, rngs), as a key.
 
-    `present` is the number of samples that are no padding, where there is padding.
+    What a batch holds beside arrays is in its structure. `present` is the number of samples that are no padding, where
+    there is padding.
     """
 
     structure: Any
@@ -50,8 +51,14 @@ class Shapes(NamedTuple):
         """The arguments as abstract arrays, the batch longer by `grow` samples."""
         leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.leaves]
         variables, batch, rngs = jax.tree.unflatten(self.structure, leaves)
-        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] + grow, *a.shape[1:]), a.dtype), batch)
+        if grow:
+            batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] + grow, *a.shape[1:]), a.dtype), batch)
         return variables, batch, rngs
+
+    def of_arrays(self) -> "Shapes":
+        """The same without what the batch holds beside arrays: a program that was traced with it has it inside."""
+        variables, batch, rngs = self.abstract()
+        return shapes_of(variables, jax.tree.leaves(batch), rngs, present=self.present)
 
 
 def shapes_of(variables: Any, batch: Any, rngs: Any, *, present: int | None) -> Shapes:

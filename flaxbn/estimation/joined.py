@@ -5,6 +5,7 @@ On an accelerator an operation takes as long for one layer's few hundred channel
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flaxbn.arithmetic.measure import Measured
 from flaxbn.arithmetic.moments import Moments, merge_along
 from flaxbn.estimation.layer_moments import Result
 
 Packed = list[list[Array]]
 """What `merge_joined` gives."""
+
+
+class Record(NamedTuple):
+    """What calls of layers see of a batch: its moments, and which channels have a single value."""
+
+    moments: Moments
+    single: Array
+
+    @classmethod
+    def of(cls, measured: Measured) -> "Record":
+        """What a batch leaves of what was measured."""
+        return cls(measured.moments, (measured.deviations.count > 0) & ~measured.several)
 
 
 class Pending(NamedTuple):
@@ -28,37 +42,58 @@ class Pending(NamedTuple):
     is_complex: list[bool]
 
 
-def join(moments: Sequence[Moments]) -> list[Moments]:
-    """The moments of some calls as one Moments or, where some means are complex and others are not, as two."""
+def join(records: Sequence[Record]) -> list[Record]:
+    """The records of some calls as one or, where some means are complex and others are not, as two."""
 
-    def end_to_end(fields: Sequence[Array]) -> Array:
+    def end_to_end(*fields: Array) -> Array:
         return jnp.concatenate([jnp.ravel(field) for field in fields])
 
-    kinds = [[m for m in moments if jnp.iscomplexobj(m.mean) == kind] for kind in (False, True)]
-    return [Moments(*map(end_to_end, zip(*kind))) for kind in kinds if kind]
+    kinds = [[r for r in records if jnp.iscomplexobj(r.moments.mean) == kind] for kind in (False, True)]
+    return [jax.tree.map(end_to_end, *kind) for kind in kinds if kind]
 
 
-def merge_joined(steps: Sequence[Moments], *, by_device: bool) -> Packed:
-    """Joined moments along a leading axis of batches, merged; packed, since every array to fetch is a transfer.
+def merge_joined(steps: Sequence[Record], *, by_device: bool) -> Packed:
+    """Joined records along a leading axis of batches, merged; packed, since every array to fetch is a transfer.
 
     Args:
         steps: what `join` gives for each batch; where each device normalizes by itself, with an axis of devices next.
 
     Returns:
-        For each of them one array of real numbers, (4 or 3, channels): the count, the variance, for each channel the
-        first batch whose moments are not finite, or infinity, and the mean; a complex mean is an array of its own.
+        For each of them one array of real numbers, (5 or 4, channels): the count, the variance, for each channel the
+        first batch whose moments are not finite and the first in which it has a single value, or infinity, and the
+        mean; a complex mean is an array of its own.
     """
 
-    def packed(moments: Moments) -> list[Array]:
-        finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-        first_bad = jnp.where(jnp.all(finite, 0), jnp.inf, jnp.argmin(finite, 0))
+    def packed(moments: Moments, single: Array) -> list[Array]:
         if by_device:
-            moments, first_bad = jax.vmap(merge_along, in_axes=1)(moments), jnp.min(first_bad, 0)
-        count, mean, var = merge_along(moments)
-        real = [count, var, first_bad.astype(var.dtype)]
+            within = jax.vmap(merge_along, in_axes=1)(moments)
+            first_bad = jnp.min(jax.vmap(partial(first_not_finite, xp=jnp), in_axes=(1, 0))(moments, within), 0)
+            moments, single = within, jnp.any(single, 1)
+            merged = merge_along(moments)
+        else:
+            merged = merge_along(moments)
+            first_bad = first_not_finite(moments, merged, jnp)
+        first_single = jnp.where(jnp.any(single, 0), jnp.argmax(single, 0), jnp.inf)
+        count, mean, var = merged
+        real = [field.astype(var.dtype) for field in (count, var, first_bad, first_single)]
         return [jnp.stack(real), mean] if jnp.iscomplexobj(mean) else [jnp.stack([*real, mean])]
 
-    return [packed(moments) for moments in steps]
+    return [packed(*record) for record in steps]
+
+
+def first_not_finite(steps: Moments, merged: Moments, xp: Any) -> Any:
+    """For each channel the first place along the leading axis where the moments are not finite, or infinity.
+
+    So do moments that are finite, and of which sums that merging takes are not.
+
+    Args:
+        steps: the moments of some batches.
+        merged: the same, merged.
+        xp: numpy or jax.numpy.
+    """
+    finite = xp.isfinite(steps.count * steps.mean) & xp.isfinite(steps.count * steps.var) & xp.isfinite(steps.count)
+    whole = xp.isfinite(merged.mean) & xp.isfinite(merged.var) & xp.isfinite(merged.count)
+    return xp.where(xp.all(finite, 0) & whole, xp.inf, xp.argmin(finite, 0))
 
 
 def fetched(results: Sequence[Pending]) -> list[Result]:
@@ -70,14 +105,19 @@ def fetched(results: Sequence[Pending]) -> list[Result]:
 def _unpack(result: Pending, packed: Sequence[Sequence[np.ndarray]]) -> Result:
     shapes = [entries.shape for entries in result.entries]
     found: list[Any] = [None] * len(shapes)
-    first_bad = [-1] * len(shapes)
+    first_bad, first_single = [-1] * len(shapes), [-1] * len(shapes)
     kinds = [[i for i, own in enumerate(result.is_complex) if own == kind] for kind in (False, True)]
     for own, (real, *complex_mean) in zip([kind for kind in kinds if kind], packed, strict=True):
-        count, var, bad, mean = *real[:3], complex_mean[0] if complex_mean else real[3]
+        count, var, bad, single, mean = *real[:4], complex_mean[0] if complex_mean else real[4]
         end = 0
         for i in own:
             begin, end = end, end + math.prod(shapes[i])
             found[i] = Moments(*(field[begin:end].reshape(shapes[i]) for field in (count, mean, var)))  # type: ignore[arg-type]
-            earliest = np.min(bad[begin:end], initial=np.inf)
-            first_bad[i] = -1 if np.isinf(earliest) else int(earliest)
-    return Result(result.entries, result.steps, found, first_bad)
+            first_bad[i], first_single[i] = earliest(bad[begin:end]), earliest(single[begin:end])
+    return Result(result.entries, result.steps, found, first_bad, first_single)
+
+
+def earliest(places: np.ndarray) -> int:
+    """The least of some places, or -1 where all are infinity."""
+    least = np.min(places, initial=np.inf)
+    return -1 if np.isinf(least) else int(least)

@@ -19,12 +19,15 @@ class Result(NamedTuple):
         steps: the numbers of the batches.
         moments: for each call those of all these batches.
         first_bad: for each call the first place in `steps` whose moments are not finite, or -1.
+        first_single: likewise the first place where a channel has a single value; empty where that is looked at by
+            nobody.
     """
 
     entries: list[np.ndarray]
     steps: Sequence[int]
     moments: list[Moments]
     first_bad: Sequence[int]
+    first_single: Sequence[int] = ()
 
 
 class NotFiniteError(ValueError):
@@ -66,6 +69,30 @@ def check_finite(results: Sequence[Result], layers: StoredLayers) -> None:
         for entries, bad in zip(result.entries, result.first_bad):
             if bad >= 0:
                 raise NotFiniteError(layer_name(layers.layer_of(entries)), result.steps[bad])
+
+
+def check_several(results: Sequence[Result], layers: StoredLayers) -> None:
+    """A batch in which a layer sees a single value is an error: its own variance is 0, and its output constant."""
+    for result in results:
+        for entries, single in zip(result.entries, result.first_single):
+            if single >= 0:
+                raise ValueError(
+                    f"Each layer normalizes by the batch, which needs more than one value per channel: a mask, domains "
+                    f"or weights leave one to '{layer_name(layers.layer_of(entries))}' in batch {result.steps[single]} "
+                    "(counted from 0), so its output would be constant. Use larger batches, or leave out such a one; "
+                    'or `method="exact"`, which normalizes by all batches.'
+                )
+
+
+def check_population(result: Result, layers: StoredLayers) -> None:
+    """A population of a single value, of a domain say, is an error: its variance is 0."""
+    for entries, moments in zip(result.entries, result.moments):
+        if np.any((moments.count == 1) & (moments.var == 0)):
+            raise ValueError(
+                f"A population needs more than one value per channel: '{layer_name(layers.layer_of(entries))}' has a "
+                "channel that sees a single one in all data, whose variance is 0. Give more data, of each domain; or "
+                "leave the layer out by `only`."
+            )
 
 
 def warn_called_twice(results: Sequence[Result], layers: StoredLayers) -> None:

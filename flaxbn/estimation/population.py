@@ -15,7 +15,6 @@ from flaxbn.data.placement import own_mesh
 from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
-from flaxbn.estimation.joined import fetched
 from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, request
@@ -79,8 +78,10 @@ def estimate_population_stats(
         model: the model.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
-            batches, each such a pytree, which is read once; numpy arrays are copied as they come. (Exact statistics
-            hold all batches of an iterable, until they are kept in another form.)
+            batches, which is read once; numpy arrays are copied as they come. Such a batch is a pytree of anything:
+            graphs with arrays of nodes and of edges, keys, names. Only `num_samples`, `sample_weight` and `sharding`
+            ask for a common sample axis. What is no array or number, a name say, is part of what is compiled, and
+            traced for each value. (Exact statistics hold all batches, until they are kept in another form.)
         call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
             `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
         batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
@@ -107,6 +108,7 @@ def estimate_population_stats(
         rngs: random keys that `call` needs; each batch gets its own.
         check_independence: for `method="exact"`, check on one batch that examples do not affect each other; it costs
             little, and without it a model that mixes them gets statistics that depend on the batch size after all.
+            Batches without a sample axis cannot be checked, which is a warning.
 
     Returns:
         A new `batch_stats`: `mean` and `var` of the layers replaced, all else, structure, container types, dtypes and
@@ -115,14 +117,15 @@ def estimate_population_stats(
     Raises:
         TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
         ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
-            `num_samples`; statistics are not finite; a layer has one value per channel; a layer lies inside a
+            `num_samples`; statistics are not finite; a layer has one value per channel in a batch of a precise pass,
+            by its shape or by what masks, domains or weights leave; a layer lies inside a
             `while` loop or `shard_map`; or, with `sample_weight`, the batch axis of a layer's input is not known. With
             `method="exact"` also if a layer lies inside a `cond` that data or variables decide, or the model mixes the
             examples of a batch.
 
     Warns:
         UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
-            pair of statistics can normalize each of them.
+            pair of statistics can normalize each of them; or if batches without a sample axis cannot be checked.
 
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
@@ -226,7 +229,7 @@ def _precise_moments(
     """What a precise pass found here, and the moments of each layer: of all processes, and of what was before."""
 
     def here() -> tuple[list[Result], dict[Path, Moments]]:
-        found = fetched(precise_pass(asked, data))
+        found = precise_pass(asked, data)
         return found, merged_by_layer(found, asked.layers)
 
     found, own = on_all(here)

@@ -1,6 +1,5 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,203 +7,102 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
-from flaxbn.arithmetic.moments import Moments
 from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
-from flaxbn.data.placement import by_step, padding, placed, shards, split_axes
-from flaxbn.estimation.calls import Closed, LayerCalls
-from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
-from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
-from flaxbn.estimation.joined import Packed, Pending, fetched, join, merge_joined
-from flaxbn.estimation.layer_moments import checked_tree, merged_by_layer
+from flaxbn.data.placement import by_step, padding, placed, shards
+from flaxbn.estimation.batch_pass import Pass, merge_buffer
+from flaxbn.estimation.chunks import Ahead, room
+from flaxbn.estimation.compiled import Shapes, shapes_of
+from flaxbn.estimation.joined import Packed, Pending, Record, fetched
+from flaxbn.estimation.layer_moments import Result, check_finite, check_several, checked_tree, merged_by_layer
 from flaxbn.estimation.request import Request, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
-from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.linen import Call
-from flaxbn.tracing.jaxpr import Hashed
-from flaxbn.tracing.measure import batch_statistics, stored_statistics
-from flaxbn.tracing.primitive import Tap
 
 _AHEAD = 2  # batches of a stream: one is computed while the next is read
 _OPEN = 4  # buffers of a stream, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
 
 
-class Pass:
-    """The compiled pass over batches of one shape.
+def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
+    """The moments of all batches, in chunks.
 
-    Attributes:
-        layout: how the batches lie.
-        calls: the calls of the wanted layers in the traced model.
-        entries: for each of them the numbers of the stored entries that it reads.
-        chunk: how many batches have their moments merged at once.
-        scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of batches along a
-            leading axis or, where `places` (batches, size) are given, of these samples, as `merge_joined` packs
-            them; of the first `count` only, where that is given.
-        has_run: the numbers of batches, and of samples in all, that `scan` was compiled for before threads ran it.
-        step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
-            buffer.
+    Each is looked at as soon as it is there, since a stream may have no end: moments that are not finite, or of a
+    single value, are an error. What comes last is one transfer.
     """
-
-    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
-        (self.calls,) = calls
-        self.layout = layout
-        self.entries = list(self.calls.entries.values())
-        self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
-        self.scan = jax.jit(self._scan)
-        self.has_run: set[tuple[int, int]] = set()
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self._like: tuple[Hashable, list[Moments]] | None = None
-
-    def pending(self, steps: Sequence[int], packed: Packed) -> Pending:
-        """What `scan` or `merge` gives for batches of these numbers."""
-        return Pending(self.entries, steps, packed, self.calls.is_complex)
-
-    def moments_like(self, *args: Any) -> tuple[Hashable, list[Moments]]:
-        """What a batch adds to a buffer, from the arguments of `sharded_moments`.
-
-        Returns:
-            A key, equal for passes whose moments are those of the same entries, in the same types; and the moments of
-            a batch as shapes and dtypes.
-        """
-        if self._like is None:
-            moments = jax.eval_shape(self.sharded_moments, *args)
-            types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
-            self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
-        return self._like
-
-    def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
-        weights = self.calls.sample_weights(closed, batch, present)
-        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
-        leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
-        on_tap = functools.partial(self._on_tap, count_samples(batch), weights)
-        _, records = self.calls.program.run(leaves, on_tap)
-        return join([record for record in records if record is not None])
-
-    def _on_tap(self, samples: int, weights: Array | None, tap: Tap) -> tuple[Array, Array, Moments | None]:
-        if tap.site not in self.calls.entries:
-            return stored_statistics(tap)
-        self.calls.check_values(tap)
-        sharding = None if self.layout.by_device else self.layout.sharding
-        return batch_statistics(tap, measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding))
-
-    def sharded_moments(
-        self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
-    ) -> list[Moments]:
-        """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
-        sharding = self.layout.sharding
-        if not self.layout.by_device or sharding is None:
-            return self._moments(closed, variables, rngs, batch, present, step)
-        axes = split_axes(sharding)
-
-        def on_device(closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
-            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
-            moments = self._moments(closed, variables, rngs, batch, present, step)
-            return jax.tree.map(lambda a: a[None], moments)
-
-        whole, split = PartitionSpec(), PartitionSpec(axes)
-        specs = (whole, whole, whole, split, split, whole)
-        spread = jax.shard_map(
-            on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
-        )
-        return spread(closed, variables, rngs, batch, present, step)
-
-    def _scan(
-        self,
-        closed: Closed,
-        variables: Any,
-        rngs: Any,
-        batches: Any,
-        places: Array | None,
-        count: Any,
-        present: Any,
-        first: Any,
-    ) -> Packed:
-        def batch_at(i: Any) -> Any:
-            if places is None:
-                return jax.tree.map(lambda a: a[i], batches)
-            return jax.tree.map(lambda a: jnp.take(a, places[i], axis=0), batches)
-
-        def step(i: Any, buffer: list[Moments]) -> list[Moments]:
-            return put(buffer, i, self.sharded_moments(closed, variables, rngs, batch_at(i), present, first + i))
-
-        most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
-        _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
-        steps = most if count is None else count  # one that is known is no question to an accelerator after each step
-        return merge_joined(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
-
-    def _step(self, buffer: list[Moments], slot: Any, closed: Closed, *args: Any) -> tuple[list[Moments], Array]:
-        *_, step = args
-        return put(buffer, slot, self.sharded_moments(closed, *args)), step + 1
+    results: list[Result] = []
+    for some in _scan_arrays(asked, data) if isinstance(data, Arrays) else _run_stream(asked, data):
+        found = fetched(some)
+        check_finite(found, asked.layers)
+        check_several(found, asked.layers)
+        results += found
+    return results
 
 
-_merge_buffer = jax.jit(merge_joined, static_argnames="by_device")
-
-
-def precise_pass(asked: Request, data: Arrays | Stream) -> list[Pending]:
-    """The moments of all batches, in chunks; nothing is read back from the device."""
-    return _scan_arrays(asked, data) if isinstance(data, Arrays) else _run_stream(asked, data)
-
-
-def _scan_arrays(asked: Request, data: Arrays) -> list[Pending]:
+def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
     options, variables, rngs = asked[:3]
     arrays = data.on_device() if options.sharding is None else None
     passes = Compiled(Pass, options)
-    results, first = [], 0
+    first = 0
     for places in data.groups:
         present = padding(places.shape[1], shards(options.sharding))
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
-            results += _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
+            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
         else:
+            begin = first
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
                 batches = jax.device_put(data.take(chunk), by_step(options.sharding))
-                steps = range(first, first + len(chunk))
-                packed = compiled.scan(closed, variables, rngs, batches, None, None, present, first)
-                results.append(compiled.pending(steps, packed))
-                first += len(chunk)
-        first = results[-1].steps[-1] + 1
-    return results
+                packed = compiled.scan(closed, variables, rngs, batches, None, None, present, begin)
+                yield [compiled.pending(range(begin, begin + len(chunk)), packed)]
+                begin += len(chunk)
+        first += len(places)
 
 
-def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> list[Pending]:
+def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> Iterator[list[Pending]]:
     """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores."""
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
-    samples = len(leaves[0])
-    cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // samples)
-    parts = np.array_split(places, max(cores, -(-len(places) // compiled.chunk)))
-    firsts = [first + begin for begin in np.cumsum([0, *map(len, parts)]).tolist()]
-    if cores > 1:
-        packed = _on_cores(compiled, args, parts, firsts, cores)
-    else:
-        packed = [compiled.scan(*args, part, None, None, begin) for begin, part in zip(firsts, parts)]
-    return [compiled.pending(range(begin, begin + len(own)), p) for begin, own, p in zip(firsts, parts, packed)]
+    cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // len(leaves[0]))
+    own = np.array_split(places, max(cores, -(-len(places) // compiled.chunk)))
+    parts = [(first + begin, part) for begin, part in zip(np.cumsum([0, *map(len, own)]).tolist(), own)]
+
+    def pending(part: tuple[int, np.ndarray], packed: Packed) -> Pending:
+        begin, rows = part
+        return compiled.pending(range(begin, begin + len(rows)), packed)
+
+    if cores == 1:
+        for begin, rows in parts:
+            yield [pending((begin, rows), compiled.scan(*args, rows, None, None, begin))]
+        return
+    run = _with_room_for_all(compiled, args, parts)
+    with Cores(cores, tracing_options) as threads:
+        for i in range(0, len(parts), cores):
+            some = parts[i : i + cores]
+            yield [*map(pending, some, threads.each(run, some))]
 
 
-def _on_cores(compiled: Pass, args: Any, parts: list[np.ndarray], firsts: list[int], cores: int) -> list[Packed]:
-    """Parts by threads; the merged result depends on how many there are by rounding only.
+def _with_room_for_all(
+    compiled: Pass, args: tuple[Any, ...], parts: Sequence[tuple[int, np.ndarray]]
+) -> Callable[[tuple[int, np.ndarray]], Packed]:
+    """The pass over any of these parts; the merged result depends on how many there are by rounding only.
 
     All have room for the same number of batches, so they are one program, which is compiled here: each thread would do
     so by itself.
     """
-    samples = len(jax.tree.leaves(args)[-1])
-    size = len(parts[0])
+    begin, longest = parts[0]
+    key = len(longest), len(jax.tree.leaves(args)[-1])
 
     def run(part: tuple[int, np.ndarray]) -> Packed:
-        begin, own = part
-        room_for_all = np.pad(own, ((0, size - len(own)), (0, 0)))
-        return compiled.scan(*args, room_for_all, len(own), None, begin)
+        begin, rows = part
+        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), None, begin)
 
-    if (size, samples) not in compiled.has_run:
-        run((firsts[0], parts[0][:0]))
-        compiled.has_run.add((size, samples))
-    with Cores(cores, tracing_options) as threads:
-        return threads.each(run, list(zip(firsts, parts)))
+    if key not in compiled.has_run:
+        run((begin, longest[:0]))
+        compiled.has_run.add(key)
+    return run
 
 
 def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
@@ -220,7 +118,7 @@ def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
 class _Chunk:
     """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
 
-    def __init__(self, like: Pass, moments: list[Moments]) -> None:
+    def __init__(self, like: Pass, moments: list[Record]) -> None:
         self.steps: list[int] = []
         self._like = like
         self._buffer = room(moments, like.chunk)
@@ -236,30 +134,29 @@ class _Chunk:
         return len(self.steps) == self._like.chunk
 
     def merged(self) -> Pending:
-        return self._like.pending(self.steps, _merge_buffer(self._buffer, by_device=self._like.layout.by_device))
+        return self._like.pending(self.steps, merge_buffer(self._buffer, by_device=self._like.layout.by_device))
 
 
-def _run_stream(asked: Request, data: Stream) -> list[Pending]:
+def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
     """However many shapes there are, few buffers are open: the one that was used longest ago is merged."""
     options, variables, rngs = asked[:3]
     passes = Compiled(Pass, options)
-    results: list[Pending] = []
     chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
     ahead = Ahead(_AHEAD)
     for step, batch in enumerate(data):
         batch, present = placed(batch, options.sharding)
         compiled, (closed,) = passes.find(_shapes(asked, batch, present))
-        args = (closed, variables, rngs, batch, present, step)
+        args = (closed, variables, rngs, jax.tree.leaves(batch), present, step)
         key, moments = compiled.moments_like(*args)
         chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
         ahead.started(chunk.add(compiled, *args))
         if chunk.is_full:
-            results.append(chunk.merged())
+            yield [chunk.merged()]
         else:
             chunks[key] = chunk
         if len(chunks) > _OPEN:
-            results.append(chunks.pop(next(iter(chunks))).merged())
-    return results + [chunk.merged() for chunk in chunks.values()]
+            yield [chunks.pop(next(iter(chunks))).merged()]
+    yield [chunk.merged() for chunk in chunks.values()]
 
 
 def batch_moments(

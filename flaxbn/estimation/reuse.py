@@ -73,25 +73,24 @@ class Compiled(Generic[P]):
         self._make = make
         self._options = options
         self._form = form
-        self._found: dict[Any, tuple[P, list[Closed]]] = {}
+        self._found: Recent[tuple[P, list[Closed]]] = Recent(_SNAPSHOTS)
 
     def find(self, *shapes: Shapes) -> tuple[P, list[Closed]]:
         """The pass for these shapes, and for each of them the arrays that are its arguments."""
-        if shapes not in self._found:
-            self._found[shapes] = self._look_up(shapes)
-        return self._found[shapes]
+        return self._found.get(shapes) or self._found.put(shapes, self._look_up(shapes))
 
     def _look_up(self, shapes: tuple[Shapes, ...]) -> tuple[P, list[Closed]]:
         options = self._options
-        context = self._make, options.layout, options.tracing, jax.sharding.get_abstract_mesh(), shapes
-        frozen = self._snapshot(context)
+        context = self._make, options.layout, options.tracing, jax.sharding.get_abstract_mesh()
+        frozen = self._snapshot((context, shapes))
         known = None if frozen is None else _by_snapshot.get(frozen)
         found = None if known is None else _by_program.get(known.program)
         if known is not None and found is not None:
             return found, known.closed
         traced = [find_calls(options, one, self._form) for one in shapes]
         calls, closed = [calls for calls, _ in traced], [closed for _, closed in traced]
-        program = Hashed((context, tuple([one.key() for one in calls])))
+        arrays = tuple([one.of_arrays() for one in shapes])
+        program = Hashed((context, arrays, tuple([one.key() for one in calls])))
         found = _by_program.get(program)
         if found is None:
             found = _by_program.put(program, self._make(calls, options.layout))

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.arithmetic.measure import Measured
 from flaxbn.arithmetic.moments import Moments, merge_deviations_along
 from flaxbn.data.placement import replicated, shards
-from flaxbn.tracing.measure import measure_tap, measure_tap_deviations
+from flaxbn.tracing.measure import measure_tap
 from flaxbn.tracing.primitive import Tap
 
 
-def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: NamedSharding | None) -> Moments:
+def measure_sharded(tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None) -> Measured:
     """`measure_tap` where batches of `samples` samples lie as `sharding`.
 
     Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and
@@ -21,8 +22,8 @@ def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: Nam
     whether the axis that is cut into parts is the one along which the samples lie.
     """
     parts = shards(sharding)
-    axis = _axis_of_samples(tap, samples)
-    if sharding is None or parts == 1 or axis is None or samples % parts:
+    axis = None if samples is None else _axis_of_samples(tap, samples)
+    if sharding is None or samples is None or parts == 1 or axis is None or samples % parts:
         return measure_tap(tap, weights)
 
     def cut(values: Array | None, axis: int) -> Array | None:
@@ -36,13 +37,14 @@ def measure_sharded(tap: Tap, weights: Array | None, samples: int, sharding: Nam
     in_axes = tuple(None if part is value else 0 for part, value in zip(given, whole))
 
     def measured(x: Any, weights: Any, mask: Any, domain: Any) -> Array:
-        pivot, deviations = measure_tap_deviations(tap._replace(x=x, weights=mask, domain=domain), weights)
-        return jnp.stack((pivot, *deviations))
+        pivot, deviations, largest, _ = measure_tap(tap._replace(x=x, weights=mask, domain=domain), weights)
+        return jnp.stack((pivot, *deviations, largest))
 
     found = jax.vmap(measured, in_axes)(*given)
     found = jax.lax.with_sharding_constraint(found, replicated(sharding))
-    pivots, *deviations = jnp.moveaxis(found, 1, 0)
-    return merge_deviations_along(pivots, Moments(*deviations))
+    pivots, *deviations, largest = jnp.moveaxis(found, 1, 0)
+    pivot, merged = merge_deviations_along(pivots, Moments(*deviations))
+    return Measured(pivot, merged, jnp.max(largest, 0), jnp.isinf(merged.var))
 
 
 def _axis_of_samples(tap: Tap, samples: int) -> int | None:

@@ -17,14 +17,12 @@ class Arranged(NamedTuple):
         weights: the mask as weights of the rank of `x`, or None.
         sharing: what the statistics are sums over.
         row: where the whole batch is of one domain, its number: the layer runs on that row of what is stored.
-        least_count: statistics of this weight or less are not used.
     """
 
     x: Array
     weights: Array | None
     sharing: Sharing
     row: Array | None
-    least_count: int
 
 
 def arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> Arranged:
@@ -44,7 +42,7 @@ def arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> A
         else:
             row, numbers = numbers, None
     sharing = Sharing(axes) if numbers is None else Sharing(axes, numbers, options.num_domains)
-    return Arranged(x, weights, sharing, row, _least_count(options, sharing, mask))
+    return Arranged(x, weights, sharing, row)
 
 
 def _members_may_differ(options: Options, mode: Mode, features: tuple[int, ...]) -> bool:
@@ -59,17 +57,8 @@ def _members_may_differ(options: Options, mode: Mode, features: tuple[int, ...])
     return True
 
 
-def _least_count(options: Options, sharing: Sharing, mask: Any) -> int:
-    """The weight up to which statistics are not used: 1 for a single value of a domain, whose output would be constant.
-
-    It counts 1 where weights are 0 or 1; of other weights, one value cannot be told from several.
-    """
-    single = sharing.domain is not None and not options.accepts_single_value
-    return int(single and (mask is None or jnp.asarray(mask).dtype == bool))
-
-
 def check_values(options: Options, mode: Mode, arranged: Arranged) -> None:
-    """Without a mask shapes tell whether there is more than one value per channel: if not, it is an error.
+    """Where shapes tell that there is one value per channel, it is an error; masks and domains may leave fewer.
 
     Training would go on without one, on a constant.
     """

@@ -66,12 +66,13 @@ class _Batch(NamedTuple):
     Attributes:
         pivot: a constant to differentiation.
         deviations: the Moments of `x - pivot`.
-        seen: for each channel, whether enough positions count for its statistics to be used.
+        usable: for each channel, whether its statistics are those of more than one value, and did not overflow. Where
+            the batch holds NaN they are NaN, and used, so that it shows.
     """
 
     pivot: Array
     deviations: Moments
-    seen: Array
+    usable: Array
 
 
 class _Selected(NamedTuple):
@@ -124,7 +125,7 @@ def run_layer(
     y, batch = compute(arranged, running, scale, bias)
     if mode.update and batch is not None:
         found = shifted(batch.deviations, batch.pivot)
-        stored = update_stored(options, stored, running, found, batch.seen, arranged.row)
+        stored = update_stored(options, stored, running, found, batch.usable, arranged.row)
     return y, stored
 
 
@@ -191,7 +192,7 @@ def _output(
 
 def _measure(options: Options, mode: Mode, arranged: Arranged, x: Array) -> _Batch:
     """The statistics of the batch `x`, those of other members of `axis_name` included."""
-    pivot, deviations = measure_deviations(
+    measured = measure_deviations(
         x,
         arranged.sharing,
         weights=arranged.weights,
@@ -200,21 +201,24 @@ def _measure(options: Options, mode: Mode, arranged: Arranged, x: Array) -> _Bat
         axis_name=None if mode.initializing else options.axis_name,
         axis_index_groups=options.axis_index_groups,
     )
-    return _Batch(pivot, deviations, deviations.count > arranged.least_count)
+    pivot, deviations, *_ = measured
+    hides_some = arranged.weights is not None or arranged.sharing.domain is not None
+    enough = measured.several if hides_some and not options.accepts_single_value else deviations.count > 0
+    return _Batch(pivot, deviations, enough & ~measured.overflow)
 
 
 def _select(batch: _Batch, running: _Running, weighted: bool) -> _Selected:
-    """What training normalizes by: the statistics of the batch, and the running average where there are none.
+    """What training normalizes by: the statistics of the batch, and the running average where they cannot be used.
 
     Both means are taken about the batch's pivot, so that deviations from it are computed once. What a mask hides all of
     has none, and an output all the same.
     """
     pivot = jnp.where(batch.deviations.count > 0, batch.pivot, running.mean) if weighted else batch.pivot
     pivot = jax.lax.stop_gradient(pivot)
-    residual = jnp.where(batch.seen, batch.deviations.mean, running.mean - pivot)
+    residual = jnp.where(batch.usable, batch.deviations.mean, running.mean - pivot)
     if running.exists is not None:
         residual = jnp.where(running.exists, residual, jnp.nan)
-    return _Selected(pivot, residual, jnp.where(batch.seen, batch.deviations.var, running.var))
+    return _Selected(pivot, residual, jnp.where(batch.usable, batch.deviations.var, running.var))
 
 
 def _renormalize(

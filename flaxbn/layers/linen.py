@@ -123,15 +123,15 @@ class BatchNorm(nn.Module):
                 holds, NaN included, reaches neither statistics, gradients nor other positions.
             domain: with `num_domains`, the number of the domain of the whole batch, or an int array (B,) along the
                 leading axis with that of each example. Each example is normalized by the statistics of its domain,
-                exactly as if it ran with the examples of that domain alone. A domain without examples is not updated,
-                nor is one with a single value per channel, which is normalized by its running average.
+                exactly as if it ran with the examples of that domain alone. A domain without examples is not updated.
                 A traced number out of range updates nothing and gives NaN.
-            update_running_average: update the stored statistics with this batch; by default in training. Channels
-                of total weight 0, or whose batch statistics are not finite, are not updated.
+            update_running_average: update the stored statistics with this batch; by default in training.
+
+        A channel is not updated, and normalized by its running average, where a mask or a domain leaves it no value or
+        a single one, whose own variance is 0, or where its sums overflow. Where it holds NaN it is not updated either.
 
         Returns:
-            The normalized input, in `dtype`, after `activation`. Channels of total weight 0 are normalized by the
-            running average.
+            The normalized input, in `dtype`, after `activation`.
 
         Raises:
             ValueError: if an update is asked for and `batch_stats` is not mutable; if the batch has one value per
@@ -178,8 +178,8 @@ class BatchRenorm(BatchNorm):
 
     `r` and `d` are those of `flaxbn.correction`, from the running average before this batch's update. In evaluation
     it is `BatchNorm`. Where nothing is clipped, training and evaluation give the same output; with `r_max=1, d_max=0`
-    it is `BatchNorm` in training too. Complex input is a TypeError. One value per channel is allowed in training if
-    `d_max` is a positive number.
+    it is `BatchNorm` in training too. Complex input is a TypeError. One value per channel is allowed in training, and
+    used where a mask leaves it, if `d_max` is a positive number.
 
     Adds to `batch_stats` the number of updates, `steps`, float32: read in training only, 0 where it is missing.
 
@@ -212,5 +212,7 @@ def _immutable_message(layer: nn.Module) -> str:
         '- pass `mutable=["batch_stats"]` to `apply`, and keep the collection that it returns; or\n'
         "- to normalize by batch statistics without an update, pass `update_running_average=False`, or call "
         '`flaxbn.apply(model, variables, batch, statistics="batch")`; or\n'
-        "- inside `nn.scan`, list 'batch_stats' in `variable_axes` or `variable_carry`."
+        "- inside `nn.scan`, list 'batch_stats' in `variable_axes` or `variable_carry`. Flax's scan does not create "
+        "what it carries: while the model is initializing (`self.is_initializing()`), list 'batch_stats' in "
+        "`variable_broadcast` instead."
     )

@@ -49,7 +49,7 @@ def stored_dtype(dtype: Any) -> Any:
 
 def row_of(a: Any, row: Array | None) -> Any:
     """What is stored for one domain, NaN for one out of range; all of it where there is no row."""
-    return a if a is None or row is None else a.at[row].get(mode="fill", fill_value=None)
+    return a if a is None or row is None else jnp.asarray(a).at[row].get(mode="fill", fill_value=None)
 
 
 def read_steps(stored: Stored, num_domains: int | None) -> Array:
@@ -63,7 +63,7 @@ def read_steps(stored: Stored, num_domains: int | None) -> Array:
 
 
 def update_stored(
-    options: Options, stored: Stored, running: Statistics, batch: Moments, seen: Array, row: Array | None
+    options: Options, stored: Stored, running: Statistics, batch: Moments, usable: Array, row: Array | None
 ) -> Stored:
     """What is stored after a batch; where it has no usable statistics, what was stored before.
 
@@ -75,10 +75,10 @@ def update_stored(
         stored: what it stored before.
         running: the part of it that belongs to the batch: `row`, or all of it.
         batch: the Moments of the batch, of the shape of `running`.
-        seen: for each of them, whether enough positions count for them to be used.
+        usable: for each of them, whether they were used, if they are finite.
         row: the domain of the batch, if there is one.
     """
-    usable = seen & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+    usable = usable & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
     mean = _averaged(running.mean, batch.mean, options.momentum, usable)
     var = _averaged(running.var, batch.var, options.momentum, usable)
     steps = stored.steps
@@ -103,4 +103,4 @@ def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
 
 def _with_row(a: Array, row: Array | None, new: Array) -> Array:
     """What is stored, with `new` for one domain; nothing is written for one out of range."""
-    return new if row is None else a.astype(new.dtype).at[row].set(new, mode="drop")
+    return new if row is None else jnp.asarray(a, new.dtype).at[row].set(new, mode="drop")

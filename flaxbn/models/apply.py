@@ -77,6 +77,6 @@ def apply(
         if tap.site not in switched:
             return stored_statistics(tap)
         check_values(tap, tap.x.shape)
-        return batch_statistics(tap, measure_tap(tap, None))
+        return *batch_statistics(tap, measure_tap(tap, None)), None
 
     return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])

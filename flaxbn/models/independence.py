@@ -143,7 +143,7 @@ def _stored_moments(
     program, _ = trace(model, variables, batch, call, None)
 
     def on_tap(tap: Tap) -> Any:
-        return tap.mean, tap.var, measure_tap(tap, None)
+        return tap.mean, tap.var, measure_tap(tap, None).moments
 
     _, records = jax.jit(partial(program.run, on_tap=on_tap))(jax.tree.leaves((variables, batch)))
     return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))

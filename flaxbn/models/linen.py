@@ -12,10 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import DenyList
 from jaxtyping import Array
 
+from flaxbn.data.samples import is_array as is_array
+from flaxbn.data.samples import show
 from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
@@ -59,6 +60,7 @@ def evaluate(
         call: `(module, batch) -> output`; by default `module(batch)`.
         rngs: random keys by name, as in `model.apply`.
     """
+    batch = show(batch)
     return model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))[0]
 
 
@@ -86,11 +88,6 @@ def trace(
         return jax.tree.unflatten(structure, [next(given) if leaf is None else leaf for leaf in leaves])
 
     return Program(closed.jaxpr, closed.consts), finish
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, traced or not; other leaves are kept as they are."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def running_function(context: nn.module.InterceptorContext) -> Any:

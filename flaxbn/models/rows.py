@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from flaxbn.data.samples import hide
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import check_model
 from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, with_wide_statistics
@@ -82,7 +83,7 @@ def rows_of(
     layers = stored_layers(variables.get("batch_stats", {}))
     if not layers.entries:
         return {}
-    variables = with_wide_statistics(variables)
+    variables, batch = with_wide_statistics(variables), hide(batch)
     program, _ = trace(model, variables, batch, call, None)
     entries = entries_read(program, variables, len(jax.tree.leaves(batch)))
     read = [

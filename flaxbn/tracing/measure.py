@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.measure import measure_deviations
-from flaxbn.arithmetic.moments import Moments, shifted
+from flaxbn.arithmetic.measure import Measured, measure_deviations
+from flaxbn.arithmetic.moments import Moments
 from flaxbn.arithmetic.pivot import is_on_host
 from flaxbn.tracing.primitive import Tap
 
@@ -22,12 +22,14 @@ def stored_statistics(tap: Tap) -> tuple[Array, Array, None]:
     return tap.mean, tap.var, None
 
 
-def batch_statistics(tap: Tap, moments: Moments) -> tuple[Array, Array, Moments]:
-    """Lets the moments of the tap's input through, and records them: a reader once `moments` are measured.
+def batch_statistics(tap: Tap, measured: Measured) -> tuple[Array, Array]:
+    """The statistics of the tap's input, and what is stored where these cannot be used.
 
-    Where their count is 0, the layer normalizes by what is stored.
+    As in a layer that trains: those of a single value would make the output constant, and those that overflow are none.
     """
-    return *replace_seen(tap.mean, tap.var, moments), moments
+    moments = measured.moments
+    usable = measured.several & ~measured.overflow
+    return jnp.where(usable, moments.mean, tap.mean), jnp.where(usable, moments.var, tap.var)
 
 
 def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
@@ -51,33 +53,26 @@ def replace_seen(mean: Any, var: Any, moments: Moments) -> tuple[Any, Any]:
     return where(seen, moments.mean, mean), where(seen, moments.var, var)
 
 
-def measure_tap(tap: Tap, weights: Array | None) -> Moments:
-    """The moments of the tap's input, by the weights of samples and the layer's mask.
+def measure_tap(tap: Tap, weights: Array | None) -> Measured:
+    """What is measured of the tap's input, by the weights of samples and the layer's mask.
+
+    A layer with domains that runs on one has the moments of that row, and none of the others. Where members of a mapped
+    axis may run on different domains, each example carries its number, so that all members sum the same rows.
 
     Args:
         tap: the tap.
         weights: of the rank of its input, each axis equal to that of it or 1; None where samples have no weights.
 
     Returns:
-        Moments of the shape of the statistics that the layer reads. With domains, those of all; without examples their
-        count is 0.
-    """
-    pivot, deviations = measure_tap_deviations(tap, weights)
-    return shifted(deviations, pivot)
-
-
-def measure_tap_deviations(tap: Tap, weights: Array | None) -> tuple[Array, Moments]:
-    """`measure_tap` before rounding: a pivot, and the Moments of the deviations from it.
-
-    A layer with domains that runs on one has the moments of that row, and none of the others. Where members of a mapped
-    axis may run on different domains, each example carries its number, so that all members sum the same rows.
+        Of the shape of the statistics that the layer reads. With domains, those of all; without examples their count
+        is 0.
     """
     if weights is None:
         weights = tap.weights
     elif tap.weights is not None:
         weights = weights * tap.weights
 
-    def measured(x: Array, weights: Array | None, domain: Array | None) -> tuple[Array, Moments]:
+    def measured(x: Array, weights: Array | None, domain: Array | None) -> Measured:
         options = {"weights": weights, "axis_name": tap.axis_name, "axis_index_groups": tap.axis_index_groups}
         if domain is None:
             return measure_deviations(x, Sharing(tap.axes), **options)

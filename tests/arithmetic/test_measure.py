@@ -42,7 +42,7 @@ def test_the_bound_of_the_pivot(kind, shape):
     x = hard_data(kind, 10.0, shape)
     share = share_of(x, tuple(range(len(shape) - 1)))
     assert share == 1 / 16
-    pivot, _ = measure_deviations(x, Sharing(tuple(range(len(shape) - 1))))
+    pivot, *_ = measure_deviations(x, Sharing(tuple(range(len(shape) - 1))))
     _, mean, var = moments(x.reshape(-1, shape[-1]))
     ratio = (mean - pivot) ** 2 / var / ((1 - share) / share)
     assert np.all(ratio <= 1 + 1e-5)  # roundings of a float32 pivot
@@ -116,7 +116,7 @@ def test_weights_of_one_and_domains_of_one_give_the_same():
     x = hard_data("outliers", 1e3, (4096, 16))
     expected = moments(x)[2]
     weighted = measure(x, (0,), weights=jnp.ones((4096, 1)))
-    _, of_domain = measure_deviations(x, Sharing((0,), jnp.zeros(4096, jnp.int32), 1))
+    _, of_domain, *_ = measure_deviations(x, Sharing((0,), jnp.zeros(4096, jnp.int32), 1))
     for var in (weighted.var, of_domain.var[0]):
         assert error(var, expected) <= 1e-6  # as in one pass
 
@@ -154,7 +154,7 @@ def test_members_sample_their_own_part(devices):
     mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,), devices=devices)
 
     def member(x):
-        pivot, deviations = measure_deviations(x, Sharing((0,)), axis_name="i")
+        pivot, deviations, *_ = measure_deviations(x, Sharing((0,)), axis_name="i")
         return pivot + deviations.mean, deviations.var
 
     mean, var = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=P("i"), out_specs=P()))(x)

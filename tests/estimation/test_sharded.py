@@ -50,7 +50,8 @@ def measured(sharding, given, weights=None, samples=B, axis=0):
     x = jax.device_put(given.x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
     def run(x, weights, mask, domain):
-        return measure_sharded(given._replace(x=x, weights=mask, domain=domain), weights, samples, sharding)
+        given_now = given._replace(x=x, weights=mask, domain=domain)
+        return measure_sharded(given_now, weights, samples, sharding).moments
 
     lowered = jax.jit(run).lower(x, weights, given.weights, given.domain)
     compiled = lowered.compile()

@@ -678,6 +678,37 @@ def test_scan_with_carried_statistics(layer):
         assert new["batch_stats"]["norm"]["steps"] == 2
 
 
+class OverTime(nn.Module):
+    """A recurrent cell over axis 1 of its input, with one pair of statistics for all steps."""
+
+    norm: type = BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        statistics = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+        if self.is_initializing():
+            statistics = {"variable_broadcast": ["params", "batch_stats"]}
+        step = nn.scan(Step, split_rngs={"params": False}, in_axes=1, **statistics)
+        return step(self.norm, name="step")(x[:, 0], x)[0]
+
+
+@either
+def test_carried_statistics_are_initialized_as_the_message_says(layer):
+    with pytest.raises(ValueError, match=r"while the model is initializing .* in `variable_broadcast` instead"):
+        layer().apply(variables(), data(), use_running_average=False)
+    x = np.stack([data(5.0), data(), data(seed=1)], 1)
+    held = OverTime(layer).init(KEY, x)
+    chex.assert_trees_all_equal(held["batch_stats"]["step"]["norm"]["var"], np.ones(C, np.float32))
+    _, new = OverTime(layer).apply(held, x, mutable=["batch_stats"])
+    first, var = data(5.0), np.ones(C)
+    for _ in range(3):
+        var = 0.5 * var + 0.5 * moments(first)[2]
+        first = batch_norm(first) * 2 + 1
+    np.testing.assert_allclose(new["batch_stats"]["step"]["norm"]["var"], var, rtol=1e-5)
+    if layer is BatchRenorm:
+        assert new["batch_stats"]["step"]["norm"]["steps"] == 3
+
+
 @either
 def test_remat_gives_the_same(layer):
     x, cotangent = data(5.0), data(seed=1)

@@ -74,3 +74,32 @@ def test_paths_stay_paths():
     seen = []
     population(X, only=lambda path: seen.append(path) or True)
     assert set(seen) == {""}
+
+
+class Named(nn.Module):
+    """Layers named after their class, as they are where nobody names them."""
+
+    norm: type = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(2):
+            x = self.norm(use_running_average=not train)(nn.Dense(4)(x))
+        return x
+
+
+def test_a_checkpoint_of_layers_that_nobody_named():
+    """A subclass of their name loads it whole; a name, one layer. Evaluation is what it was."""
+
+    class BatchNorm(flaxbn.BatchRenorm): ...
+
+    x = X[:, :2]
+    checkpoint = Named().init(jax.random.key(0), x)
+    _, new = Named().apply(checkpoint, x, True, mutable=["batch_stats"])
+    checkpoint = {**checkpoint, **new}
+    model = Named(BatchNorm)
+    np.testing.assert_allclose(model.apply(checkpoint, x), Named().apply(checkpoint, x), rtol=1e-6, atol=1e-6)
+    _, new = model.apply(checkpoint, x, True, mutable=["batch_stats"])
+    assert [layer["steps"] for layer in new["batch_stats"].values()] == [1, 1]
+    one = flaxbn.BatchRenorm(use_running_average=True, name="BatchNorm_0")
+    assert one.name == "BatchNorm_0"

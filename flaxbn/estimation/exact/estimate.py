@@ -18,7 +18,7 @@ from flaxbn.estimation.exact.plan import plan_batches
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.exact.verify import IndependenceCheck
-from flaxbn.estimation.layer_moments import NotFiniteError, Result, check_finite
+from flaxbn.estimation.layer_moments import NotFiniteError, Result, check_finite, check_population
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries
 
@@ -56,6 +56,8 @@ def _pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, ch
 
     def verify() -> None:
         check_finite([result], asked.layers)
+        if asked.options.sample_weight is None:
+            check_population(result, asked.layers)
         if check is not None:
             check.run(found.statistics, [moments.var for moments in found.moments])
 

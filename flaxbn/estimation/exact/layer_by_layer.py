@@ -56,7 +56,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
 
 def _first_bad(firsts: Sequence[int], places: Sequence[Any]) -> int:
     """The number of the first batch whose moments are not finite, or -1."""
-    return next((first + int(place) for first, place in zip(firsts, places) if place >= 0), -1)
+    return next((first + int(place) for first, place in zip(firsts, places) if np.isfinite(place)), -1)
 
 
 def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:

@@ -54,7 +54,7 @@ class Plan:
         batches: in how many batches the data goes through the model. Arrays may be cut into others than `batch_size`
             says, since the result does not depend on it: smaller ones on a CPU, whose cache then holds what they need,
             and larger ones on an accelerator, which they keep busy, if memory allows.
-        samples: the number of samples.
+        samples: the number of samples; None where batches have no axis of samples.
         memory_limit: how many bytes of live values may be kept on each device; None for any number.
 
     Examples:
@@ -68,7 +68,7 @@ class Plan:
 
     calls: tuple[PlannedCall, ...]
     batches: int
-    samples: int
+    samples: int | None
     memory_limit: int | None
 
     @property
@@ -88,8 +88,9 @@ class Plan:
 
     def __str__(self) -> str:
         limit = "no memory limit" if self.memory_limit is None else f"memory limit {_size(self.memory_limit)}"
+        samples = "" if self.samples is None else f"{self.samples} samples in "
         title = (
-            f"exact statistics of {self.samples} samples in {self.batches} batches: {len(self.calls)} calls, "
+            f"exact statistics of {samples}{self.batches} batches: {len(self.calls)} calls, "
             f"{self.passes:.2f} forward passes, {_size(self.peak_bytes)} kept at most ({limit})"
         )
         rows = [("", "layer", "call", "live values", "", "passes")]
@@ -107,7 +108,7 @@ class Plan:
 
 
 def make_plan(
-    layers: Sequence[str], batches: Sequence[Segments], samples: int, shards: int, memory_limit: int | None
+    layers: Sequence[str], batches: Sequence[Segments], samples: int | None, shards: int, memory_limit: int | None
 ) -> Plan:
     """Keeps what fits: from a later boundary there is less to compute again, and an earlier one is then not needed."""
     first = batches[0].segments
@@ -199,6 +200,7 @@ def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | N
         free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
         memory_limit = None if free is None else max(free // 2, 1)
     names = [layer_name(asked.layers.layer_of(entries)) for entries in batches[0].segments.entries]
-    samples = sum(batch.size for batch in batches)
+    sizes = [batch.size for batch in batches if batch.size is not None]
+    samples = sum(sizes) if len(sizes) == len(batches) else None
     parts = shards(asked.options.sharding)
     return make_plan(names, [batch.segments for batch in batches], samples, parts, memory_limit)

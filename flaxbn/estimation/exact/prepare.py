@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxbn.data.batches import Source, abstract, count_samples
+from flaxbn.data.batches import Source, abstract
 from flaxbn.data.placement import padding, shards
+from flaxbn.data.samples import common_length, count_samples
 from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.exact.segments import Segments
@@ -28,7 +29,7 @@ def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
         leaves, structure = jax.tree.flatten(shape)
         key = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in by_shape:
-            present = padding(count_samples(shape), parts)
+            present = None if asked.options.sharding is None else padding(count_samples(shape), parts)
             padded = shape if present is None else abstract(shape, len(present))
             samples = None if present is None else int(np.sum(present))
             shapes = shapes_of(asked.variables, padded, asked.rngs, present=samples)
@@ -36,7 +37,7 @@ def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
             by_shape[key] = segments, closed
         return by_shape[key]
 
-    batches = [Batch(i, count_samples(s), read, *segments_for(s)) for i, (s, read) in enumerate(sources)]
+    batches = [Batch(i, common_length(s), read, *segments_for(s)) for i, (s, read) in enumerate(sources)]
     for (first, _), (other, _) in pairwise(by_shape.values()):
         if [e.tolist() for e in other.entries] != [e.tolist() for e in first.entries]:
             raise ValueError(

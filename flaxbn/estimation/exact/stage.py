@@ -16,6 +16,7 @@ from flaxbn.data.placement import placed
 from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
+from flaxbn.estimation.joined import first_not_finite
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.threads import Cores
 from flaxbn.tracing.measure import replace_seen
@@ -32,7 +33,7 @@ class Batch:
 
     Attributes:
         number: its place in the data, from 0.
-        size: its samples, without padding.
+        size: its samples, without padding; None where its arrays share no axis of samples.
         read: gives its arrays.
         segments: what runs it.
         closed: the arrays that these take besides.
@@ -41,7 +42,7 @@ class Batch:
     """
 
     number: int
-    size: int
+    size: int | None
     read: Callable[[], Any]
     segments: Segments
     closed: Closed
@@ -77,7 +78,7 @@ class Measured(NamedTuple):
         moments: those of the call's input in all batches.
         statistics: the mean and variance that the call then lets through.
         firsts: the numbers of the batches with which chunks of batches begin.
-        bad: for each chunk, the place in it of the first batch whose moments are not finite, or -1.
+        bad: for each chunk, the place in it of the first batch whose moments are not finite, or infinity.
     """
 
     moments: Moments
@@ -103,7 +104,8 @@ def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cor
     moments = [one for share in cores.each(_Share.advance, shares) for one in share]
     firsts = [batches[0].number]
     if stage.waits:
-        merged, bad, statistics = _finish([_on_host(m) for m in moments], stored, np)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
+            merged, bad, statistics = _finish([_on_host(m) for m in moments], stored, np)
         return Measured(merged, statistics, firsts, [bad])
     earlier: list[Any] = []
     if len(moments) > _TOGETHER:
@@ -117,11 +119,10 @@ def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cor
 
 
 def _merge_stacked(moments: Sequence[Moments], xp: Any) -> tuple[Moments, Any]:
-    """Moments merged, and the place of the first of them that are not finite, or -1."""
+    """Moments merged, and the place of the first of them that are not finite, or infinity."""
     stacked = Moments(*(xp.stack(fields) for fields in zip(*moments)))
-    finite = xp.isfinite(stacked.mean) & xp.isfinite(stacked.var)
-    finite = xp.all(finite.reshape(len(moments), -1), 1)
-    return merge_along(stacked), xp.where(xp.all(finite), -1, xp.argmin(finite))
+    merged = merge_along(stacked)
+    return merged, xp.min(first_not_finite(stacked, merged, xp), initial=xp.inf)
 
 
 def _finish(moments: Sequence[Moments], stored: tuple[Any, Any], xp: Any) -> tuple[Moments, Any, tuple[Any, Any]]:
@@ -188,7 +189,7 @@ def fetch(asked: Request, batch: Batch) -> Values:
     """Reads a batch, and the weights of its samples."""
     whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
-        batch.weights = batch.segments.sample_weights(batch.closed, whole, present)
+        batch.weights = batch.segments.sample_weights(batch.closed, jax.tree.leaves(whole), present)
     keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
     return {v: values[v] for v in batch.segments.live[0]}

@@ -5,6 +5,7 @@ model that computes with the size of the batch; for one whose program does, part
 the whole.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +17,9 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.batches import abstract, count_samples
+from flaxbn.data.batches import abstract
 from flaxbn.data.placement import on_accelerator, replicated
+from flaxbn.data.samples import count_samples
 from flaxbn.estimation.calls import Closed, LayerCalls, traced
 from flaxbn.estimation.compiled import Layout, shapes_of
 from flaxbn.estimation.exact.layer_by_layer import moments_with
@@ -49,13 +51,25 @@ class IndependenceCheck:
 
     @classmethod
     def of(cls, asked: Request, batches: Sequence[Batch]) -> "IndependenceCheck | None":
-        """A check by the first batches that can tell; None without such, or where random numbers differ by batch."""
+        """A check by the first batches that can tell; None without such, or where random numbers differ by batch.
+
+        Warns:
+            UserWarning: where no batch has an axis of samples, along which it could be cut.
+        """
         if not batches or batches[0].segments.uses_keys:
             return None
+        if all(batch.size is None for batch in batches):
+            warnings.warn(
+                "Whether examples affect each other could not be checked: the arrays of a batch share no axis of "
+                "samples along which to cut it. Exact statistics are right if they do not; pass "
+                "`check_independence=False` to say so.",
+                stacklevel=2,
+            )
+            return None
         single: dict[int, Batch] = {}
-        for batch in batches:
+        for batch in (batch for batch in batches if batch.size is not None):
             if _has_weight(asked, batch):
-                if batch.size > 1:
+                if batch.size != 1:
                     return cls(asked, (replace(batch),))
                 if id(batch.segments) in single:
                     return cls(asked, (replace(single[id(batch.segments)]), replace(batch)))
@@ -70,11 +84,12 @@ class IndependenceCheck:
             self._compare(whole, doubled, variances)
             if not _reads_size(self.asked, batch):
                 return
-            arrays, parts = batch.read(), split(batch.size)
+            arrays, parts = batch.read(), split(count_samples(batch.read()))
             cut = [_rows(arrays, part) for part in parts]
         else:
             cut = [batch.read() for batch in self.batches]
-            arrays, parts = jax.tree.map(lambda *a: jnp.concatenate(a), *cut), (np.array([0]), np.array([1]))
+            leaves = map(jnp.concatenate, zip(*map(jax.tree.leaves, cut)))
+            arrays, parts = jax.tree.unflatten(jax.tree.structure(cut[0]), leaves), (np.array([0]), np.array([1]))
         with jax.default_matmul_precision("highest"):  # a product of other shapes is rounded otherwise
             weights = self._weights()
             of_parts = [None if weights is None else weights[part] for part in parts]
@@ -89,7 +104,8 @@ class IndependenceCheck:
         """
         weights, arrays = self._weights(), batch.read()
         on_device = on_accelerator(self.asked.variables)
-        size = min(batch.size, _ENOUGH) if on_device else batch.size
+        samples = count_samples(arrays)
+        size = min(samples, _ENOUGH) if on_device else samples
         half = size // 2
         rest = np.arange(2 * half, size)
         first, second = (np.concatenate([np.repeat(np.arange(i, i + half), 2), rest]) for i in (0, half))
@@ -127,7 +143,8 @@ class IndependenceCheck:
         shapes = [shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts]
         try:
             compiled, closed = Compiled(_Parts, options, unroll).find(*shapes)
-            return compiled.run(closed, asked.variables, asked.rngs, parts, weights, statistics)
+            leaves = [jax.tree.leaves(part) for part in parts]
+            return compiled.run(closed, asked.variables, asked.rngs, leaves, weights, statistics)
         except Exception as error:
             sizes = [count_samples(part) for part in parts]
             error.add_note(
@@ -163,7 +180,7 @@ def _reads_size(asked: Request, batch: Batch) -> bool:
     """
     segments = batch.segments
     if segments.reads_size is None:
-        one_more = abstract(batch.read(), segments.calls.samples + 1)
+        one_more = abstract(batch.read(), 1 + (segments.calls.samples or 0))
         shapes = shapes_of(asked.variables, one_more, asked.rngs, present=None)
         try:
             longer = traced(asked.options, shapes.abstract(), unroll)
@@ -200,7 +217,7 @@ def _measured(calls: LayerCalls, leaves: Sequence[Any], weights: Array | None, g
             return stored_statistics(tap)
         mean, var = statistics[tap.site]
         let_through = jnp.asarray(mean, tap.mean.dtype), jnp.asarray(var, tap.var.dtype)
-        return *let_through, measure_tap(tap, calls.weights(tap, weights))
+        return *let_through, measure_tap(tap, calls.weights(tap, weights)).moments
 
     _, records = calls.program.run(leaves, on_tap)
     return [record for record in records if record is not None]

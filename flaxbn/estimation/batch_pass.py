@@ -1,0 +1,134 @@
+"""The compiled pass over batches of one shape: what each layer sees of a batch, put into a buffer and merged."""
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from flaxbn.data.placement import split_axes
+from flaxbn.data.samples import common_length
+from flaxbn.estimation.calls import Closed, LayerCalls
+from flaxbn.estimation.chunks import batches_in_chunk, put, room
+from flaxbn.estimation.compiled import Layout
+from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
+from flaxbn.estimation.sharded import measure_sharded
+from flaxbn.tracing.jaxpr import Hashed
+from flaxbn.tracing.measure import batch_statistics, stored_statistics
+from flaxbn.tracing.primitive import Tap
+
+
+class Pass:
+    """The compiled pass over batches of one shape.
+
+    Attributes:
+        layout: how the batches lie.
+        calls: the calls of the wanted layers in the traced model.
+        entries: for each of them the numbers of the stored entries that it reads.
+        chunk: how many batches have their moments merged at once.
+        scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of batches along a
+            leading axis or, where `places` (batches, size) are given, of these samples, as `merge_joined` packs them;
+            of the first `count` only, where that is given.
+        has_run: the numbers of batches, and of samples in all, that `scan` was compiled for before threads ran it.
+        step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
+            buffer.
+    """
+
+    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
+        (self.calls,) = calls
+        self.layout = layout
+        self.entries = list(self.calls.entries.values())
+        self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
+        self.scan = jax.jit(self._scan)
+        self.has_run: set[tuple[int, int]] = set()
+        self.step = jax.jit(self._step, donate_argnums=0)
+        self._like: tuple[Hashable, list[Record]] | None = None
+
+    def pending(self, steps: Sequence[int], packed: Packed) -> Pending:
+        """What `scan` or `merge` gives for batches of these numbers."""
+        return Pending(self.entries, steps, packed, self.calls.is_complex)
+
+    def moments_like(self, *args: Any) -> tuple[Hashable, list[Record]]:
+        """What a batch adds to a buffer, from the arguments of `sharded_moments`.
+
+        Returns:
+            A key, equal for passes whose moments are those of the same entries, in the same types; and the moments of
+            a batch as shapes and dtypes.
+        """
+        if self._like is None:
+            moments = jax.eval_shape(self.sharded_moments, *args)
+            types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
+            self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
+        return self._like
+
+    def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Record]:
+        weights = self.calls.sample_weights(closed, batch, present)
+        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
+        leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
+        on_tap = functools.partial(self._on_tap, common_length(batch), weights)
+        _, records = self.calls.program.run(leaves, on_tap)
+        return join([record for record in records if record is not None])
+
+    def _on_tap(self, samples: int | None, weights: Array | None, tap: Tap) -> tuple[Array, Array, Record | None]:
+        if tap.site not in self.calls.entries:
+            return stored_statistics(tap)
+        self.calls.check_values(tap)
+        sharding = None if self.layout.by_device else self.layout.sharding
+        measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding)
+        return *batch_statistics(tap, measured), Record.of(measured)
+
+    def sharded_moments(
+        self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
+    ) -> list[Record]:
+        """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
+        sharding = self.layout.sharding
+        if not self.layout.by_device or sharding is None:
+            return self._moments(closed, variables, rngs, batch, present, step)
+        axes = split_axes(sharding)
+
+        def on_device(closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Record]:
+            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
+            moments = self._moments(closed, variables, rngs, batch, present, step)
+            return jax.tree.map(lambda a: a[None], moments)
+
+        whole, split = PartitionSpec(), PartitionSpec(axes)
+        specs = (whole, whole, whole, split, split, whole)
+        spread = jax.shard_map(
+            on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
+        )
+        return spread(closed, variables, rngs, batch, present, step)
+
+    def _scan(
+        self,
+        closed: Closed,
+        variables: Any,
+        rngs: Any,
+        batches: Any,
+        places: Array | None,
+        count: Any,
+        present: Any,
+        first: Any,
+    ) -> Packed:
+        def batch_at(i: Any) -> Any:
+            if places is None:
+                return jax.tree.map(lambda a: a[i], batches)
+            return jax.tree.map(lambda a: jnp.take(a, places[i], axis=0), batches)
+
+        def step(i: Any, buffer: list[Record]) -> list[Record]:
+            return put(buffer, i, self.sharded_moments(closed, variables, rngs, batch_at(i), present, first + i))
+
+        most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
+        _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
+        steps = most if count is None else count  # one that is known is no question to an accelerator after each step
+        return merge_joined(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
+
+    def _step(self, buffer: list[Record], slot: Any, closed: Closed, *args: Any) -> tuple[list[Record], Array]:
+        *_, step = args
+        return put(buffer, slot, self.sharded_moments(closed, *args)), step + 1
+
+
+merge_buffer = jax.jit(merge_joined, static_argnames="by_device")
+"""Merges a buffer, and packs it."""
