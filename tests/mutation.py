@@ -53,7 +53,13 @@ MUTATIONS = [
         TEST_MOMENTS,
     ),
     Mutation("variance: not clipped at 0", PIVOT, "jnp.minimum(var, 0)", "0 * var", TEST_MOMENTS),
-    Mutation("weights: hidden values are seen", MEASURE, "jnp.where(weights > 0, x, 0)", "x", TEST_MOMENTS),
+    Mutation(
+        "weights: hidden values are seen",
+        MEASURE,
+        "x if weights is None else jnp.where(weights > 0, x, 0)",
+        "x",
+        TEST_MOMENTS,
+    ),
     Mutation(
         "weights: negative ones count",
         MEASURE,

@@ -119,11 +119,8 @@ def measure_deviations(
     inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     x = x.astype(dtype if inexact else widen(x.dtype))
     real = jnp.finfo(x.dtype).dtype
-    counted = _Weights(jnp.ones((1,) * x.ndim, real), jnp.ones((), real), jnp.ones((), real))
-    if weights is not None:
-        check_weights(weights, x.shape)
-        x = jnp.where(weights > 0, x, 0)
-        counted = _in_units(weights, x.shape, real, sharing, axis_name, axis_index_groups)
+    counted = _in_units(weights, x.shape, real, sharing, axis_name, axis_index_groups)
+    x = x if weights is None else jnp.where(weights > 0, x, 0)
 
     def sums(*values: Array) -> tuple[Array, ...]:
         """The sum of the weights, and that of each of the values, over all members."""
@@ -167,7 +164,7 @@ class _Weights(NamedTuple):
 
 
 def _in_units(
-    weights: Array,
+    weights: Array | None,
     shape: tuple[int, ...],
     real: Any,
     sharing: Sharing,
@@ -179,6 +176,9 @@ def _in_units(
     Bools need no largest. Half precision would lose what is divided by many. Where the largest is infinite, the count
     is NaN.
     """
+    if weights is None:
+        return _Weights(jnp.ones((1,) * len(shape), real), jnp.ones((), real), jnp.ones((), real))
+    check_weights(weights, shape)
     positions = math.prod(shape[axis] for axis in sharing.axes)
     many = 2.0 ** math.ceil(math.log2(max(positions, 1))) if real.itemsize > 2 else 1.0
     if weights.dtype == bool:
