@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import flax.linen as nn
@@ -270,10 +271,12 @@ def batch_moments(
 
     The model is traced once for batches of one shape.
     """
-    options = {"sample_weight": None, "sharding": None, "normalization_batch": "global", "rngs": None}
-    asked = request(model, variables, call=call, only=only, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
+    batches = iter(batches)
+    first = [*islice(batches, 1)]
+    asked = request(model, variables, call=call, only=only, first=abstract(first[0]) if first else None, **options)
     passes = Compiled(Pass, asked.options)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(chain(first, batches)):
         source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
         found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, 1, None, step))

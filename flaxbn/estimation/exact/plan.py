@@ -19,9 +19,10 @@ from flaxbn.data.placement import free_bytes, own_mesh, shards
 from flaxbn.estimation.exact.layer_by_layer import Batch
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
-from flaxbn.estimation.request import Request, request
+from flaxbn.estimation.request import Request, has_other_names, request
 from flaxbn.layers.names import layer_name
 from flaxbn.models.linen import Call
+from flaxbn.models.unseen import one_warning
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ def plan(
         ValueError: if the model has no batch-norm layer, or one inside a `while` loop, inside a `cond` that data or
             variables decide, or inside `shard_map`; more than 512 calls; with weights, an unknown batch axis.
 
+    Warns:
+        UserWarning: if a layer of a class that flaxbn does not know takes part, as the estimate does.
+
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> norm = nn.BatchNorm(use_running_average=True)
@@ -171,9 +175,11 @@ def plan(
         [('layers_0', 1600, False), ('layers_2', 0, True)]
     """
     check_limit(memory_limit, "exact")
-    asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
-    shapes = open_batches(batches, batch_size, num_samples).shapes()
-    with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+    options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "sharding": sharding}
+    shapes = open_batches(batches, batch_size, num_samples).shapes() if has_other_names(variables) else None
+    asked = request(model, variables, rngs=rngs, first=shapes and shapes[0], **options)
+    shapes = shapes or open_batches(batches, batch_size, num_samples).shapes()
+    with one_warning(), own_mesh(asked.options.sharding, by_device=asked.options.by_device):
         return plan_batches(asked, prepare_batches(asked, [Source(s, _unread) for s in shapes]), memory_limit)
 
 
