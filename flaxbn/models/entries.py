@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.models.batch_stats import StoredLayers, dict_names, leaf_shapes, stored_layers
+from flaxbn.models.batch_stats import StoredLayers, dict_names, leaf_shapes, named_leaves, stored_layers
 from flaxbn.models.places import Pair, Path, unnamed
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
 from flaxbn.tracing.program import Program
@@ -60,7 +61,17 @@ def pairs_read(program: Program, variables: Mapping[str, Any], other_leaves: int
 
 def candidates_in(batch_stats: Any) -> list[Path]:
     """The leaves that could be the statistics of a layer under other names."""
-    return unnamed(leaf_shapes(batch_stats), stored_layers(batch_stats).places.values())
+    return unnamed(float_shapes(batch_stats), stored_layers(batch_stats).places.values())
+
+
+def float_shapes(batch_stats: Any) -> dict[Path, tuple[int, ...]]:
+    """The shapes of the leaves that statistics could be: counters, random keys and numbers of Python are none."""
+    return {path: np.shape(leaf) for path, leaf in named_leaves(batch_stats).items() if _is_of(leaf, jnp.inexact)}
+
+
+def _is_of(leaf: Any, kind: Any) -> bool:
+    """Whether a leaf is an array of such numbers; those of Python, and random keys, are none."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)
 
 
 def _pair(mean: np.ndarray | None, var: np.ndarray | None, numbers: Mapping[Path, np.ndarray]) -> Pair | None:
@@ -95,7 +106,7 @@ def known_leaves(
 
     def known(path: Any, leaf: Any) -> Any:
         names = dict_names(path)
-        if names[:1] != ("batch_stats",) or names[1:] not in numbers:
+        if names[:1] != ("batch_stats",) or names[1:] not in numbers or not _is_of(leaf, jnp.number):
             return UNKNOWN
         return np.asarray(numbers[names[1:]] + first, leaf.dtype)
 

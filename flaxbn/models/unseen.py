@@ -4,9 +4,11 @@ Their statistics cannot be chosen from outside: they are used as they are stored
 mode, not at all. Nobody sees that in the output, so that they are named.
 """
 
+import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import dict_names, leaf_shapes, named_leaves
-from flaxbn.models.entries import Reading, known_leaves
+from flaxbn.models.entries import Reading, float_shapes, known_leaves
 from flaxbn.models.places import Path
 from flaxbn.tracing.jaxpr import with_outputs
 from flaxbn.tracing.kinds import tap_equations
@@ -30,7 +32,7 @@ WAYS_FORWARD = (
 
 
 class Unseen(NamedTuple):
-    """Leaves of `batch_stats`, by their paths.
+    """Leaves of `batch_stats` that could be statistics, by their paths.
 
     Attributes:
         reached: those that reach an output other than through a tap.
@@ -53,14 +55,16 @@ def unseen(
         other_leaves: how many arguments follow.
         reading: what the taps of the program read.
     """
-    shapes = leaf_shapes(variables.get("batch_stats", {}))
+    shapes = float_shapes(variables.get("batch_stats", {}))
     paths = [dict_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
-    marks = [frozenset([path[1:]]) if path[:1] == ("batch_stats",) else frozenset() for path in paths]
+    is_float = [path[:1] == ("batch_stats",) and path[1:] in shapes for path in paths]
+    marks = [frozenset([path[1:]]) if is_one else frozenset() for path, is_one in zip(paths, is_float)]
     taps = zip(tap_equations(program.jaxpr), reading.entries)
     leaking = {id(eqn) for eqn, entries in taps if entries is None}
     reach = Reach(program.jaxpr, [*marks, *[frozenset()] * other_leaves], leaking)
     reached = frozenset[Path]().union(*reach.outputs) - reach.owned
-    suspects = [path for path in written if path not in reach.owned | _read(reading)]
+    known = reach.owned | _read(reading)
+    suspects = [path for path in written if path in shapes and path not in known]
     changed = _changed(program, {path: written[path] for path in suspects}, variables, shapes, other_leaves)
     return Unseen(tuple(path for path in shapes if path in reached), tuple(path for path in shapes if path in changed))
 
@@ -144,7 +148,7 @@ def named_holders(leaves: Iterable[Path]) -> str:
 _noted: ContextVar[dict[Path, None] | None] = ContextVar("noted", default=None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_warning() -> Iterator[None]:
     """What is noted meanwhile becomes one warning at its end, that of the outermost; an error takes its place."""
     if _noted.get() is not None:
@@ -158,11 +162,20 @@ def one_warning() -> Iterator[None]:
         _noted.reset(token)
     if noted:
         warnings.warn(
-            f"{named_holders(noted)} in `batch_stats` belong to no batch-norm layer that flaxbn knows, and take part: "
-            "statistics are used there as they are stored, or computed from the batch and updated, whatever is chosen, "
-            f"estimated or checked here. {WAYS_FORWARD}",
-            stacklevel=4,
+            "Statistics must be read by batch-norm layers that flaxbn knows, to be chosen, estimated or checked. Those "
+            f"in {named_holders(noted)} take part without: they are used as they are stored, or computed from the "
+            f"batch and updated. {WAYS_FORWARD}",
+            stacklevel=_frames_within() + 1,
         )
+
+
+def _frames_within() -> int:
+    """How many frames, from the caller's on, belong to this package, or to the context managers that it uses."""
+    package = os.path.dirname(os.path.dirname(__file__))
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((package, contextlib.__file__)):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def note(found: Iterable[Path]) -> None:

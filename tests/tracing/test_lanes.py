@@ -67,9 +67,8 @@ def test_so_are_those_of_each_domain(own, scalar):
     x = np.moveaxis(X, 1, 0)
     domain = np.ones(3, int) if scalar else np.tile(np.arange(24) % 2, (3, 1))
     variables = model.init(jax.random.key(0), x, domain)
-    stats = flaxbn.estimate_population_stats(model, variables, [x], call=lambda m, x: m(x, domain), keep_unseen=True)[
-        "norm"
-    ]
+    stats = flaxbn.estimate_population_stats(model, variables, [x], call=lambda m, x: m(x, domain), keep_unseen=True)
+    stats = stats["lanes"]["norm"]
     for d in (1,) if scalar else (0, 1):
         part = (x if scalar else x[:, d::2]).astype(np.float64).reshape(-1, 4)
         mean = np.moveaxis(stats["mean"], -2, 0)[d]
