@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import train
-from oracle import assert_same_statistics
+from oracle import assert_same_statistics, merged
 
 import flaxbn
 
