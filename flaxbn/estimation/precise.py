@@ -19,7 +19,7 @@ from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
-from flaxbn.estimation.request import Request, request, tracing_options
+from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.estimation.threads import cores_for, side_by_side
@@ -273,10 +273,11 @@ def batch_moments(
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
     batches = iter(batches)
-    first = [*islice(batches, 1)]
-    asked = request(model, variables, call=call, only=only, first=abstract(first[0]) if first else None, **options)
+    begin = [*islice(batches, 1)]
+    first = abstract(begin[0]) if begin and has_other_names(variables) else None
+    asked = request(model, variables, call=call, only=only, first=first, **options)
     passes = Compiled(Pass, asked.options)
-    for step, batch in enumerate(chain(first, batches)):
+    for step, batch in enumerate(chain(begin, batches)):
         source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
         found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, 1, None, step))

@@ -51,13 +51,13 @@ def request(
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie.
 
-    `first` is the first batch as shapes and dtypes; it matters where `has_other_names` says so.
+    `first` is the first batch as shapes and dtypes, where `has_other_names` says that it matters.
     """
     check_model(model)
     _check_batch_stats(variables)
     check_concrete("variables", variables)
     check_concrete("rngs", rngs)
-    read = _read_under_other_names(model, variables, first, call, rngs) if has_other_names(variables) else ()
+    read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
     layers = stored_layers(variables["batch_stats"], read)
     wanted = _wanted_layers(layers, only, model, variables)
     by_device = _check_normalization_batch(normalization_batch, sharding)
@@ -117,8 +117,6 @@ def has_other_names(variables: Any) -> bool:
 def _read_under_other_names(
     model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
 ) -> tuple[Pair, ...]:
-    if batch is None:
-        return ()
     abstracted = dict(with_wide_statistics(jax.eval_shape(lambda tree: tree, dict(variables))))
     program = trace(model, abstracted, batch, call, dict(rngs or {})).program
     return tuple(pairs_read(program, abstracted, len(jax.tree.leaves((batch, rngs)))))
