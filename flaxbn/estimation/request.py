@@ -53,10 +53,7 @@ def request(
 
     `first` is the first batch as shapes and dtypes, where `has_other_names` says that it matters.
     """
-    check_model(model)
-    _check_batch_stats(variables)
-    check_concrete("variables", variables)
-    check_concrete("rngs", rngs)
+    _check_variables(model, variables, rngs)
     read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
     layers = stored_layers(variables["batch_stats"], read)
     wanted = _wanted_layers(layers, only, model, variables)
@@ -79,6 +76,13 @@ def request(
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
     return Request(options, arrays, keys, layers, wanted)
+
+
+def _check_variables(model: nn.Module, variables: Mapping[str, Any], rngs: Mapping[str, Array] | None) -> None:
+    check_model(model)
+    _check_batch_stats(variables)
+    check_concrete("variables", variables)
+    check_concrete("rngs", rngs)
 
 
 def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:

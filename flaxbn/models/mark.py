@@ -48,15 +48,16 @@ def mark(
         >>> class Norm(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, x, train=False):
-        ...         mu = self.variable("batch_stats", "mu", jnp.zeros, x.shape[-1:])
-        ...         sigma2 = self.variable("batch_stats", "sigma2", jnp.ones, x.shape[-1:])
-        ...         mean, var = (x.mean(0), x.var(0)) if train else flaxbn.mark(x, mu.value, sigma2.value)
+        ...         mu = self.variable("batch_stats", "mu", jnp.zeros, x[:1].shape)
+        ...         sigma2 = self.variable("batch_stats", "sigma2", jnp.ones, x[:1].shape)
+        ...         of_batch = x.mean(0, keepdims=True), x.var(0, keepdims=True)
+        ...         mean, var = of_batch if train else flaxbn.mark(x, mu.value, sigma2.value)
         ...         return (x - mean) / jnp.sqrt(var + 1e-5)
         >>> model, x = Norm(), np.float32([[1.0], [3.0]])
         >>> variables = model.init(jax.random.key(0), x)
         >>> stats = flaxbn.estimate_population_stats(model, variables, x, batch_size=2)
         >>> stats["mu"].tolist(), stats["sigma2"].tolist()
-        ([2.0], [1.0])
+        ([[2.0]], [[1.0]])
 
     Args:
         x: what the layer normalizes.

@@ -57,10 +57,10 @@ def recognize(
         >>> class Norm(nn.Module):  # somebody else's
         ...     @nn.compact
         ...     def __call__(self, x, training):
-        ...         mean = self.variable("batch_stats", "moving_mean", jnp.zeros, x.shape[-1:])
-        ...         var = self.variable("batch_stats", "moving_var", jnp.ones, x.shape[-1:])
+        ...         mean = self.variable("batch_stats", "moving_mean", jnp.zeros, x[:1].shape)
+        ...         var = self.variable("batch_stats", "moving_var", jnp.ones, x[:1].shape)
         ...         if training:
-        ...             mean.value, var.value = 0.9 * mean.value + 0.1 * x.mean(0), 0.9 * var.value + 0.1 * x.var(0)
+        ...             mean.value, var.value = x.mean(0, keepdims=True), x.var(0, keepdims=True)
         ...         return (x - mean.value) / jnp.sqrt(var.value + 1e-5)
         >>> flaxbn.recognize(Norm, mean="moving_mean", var="moving_var", evaluation={"training": False})
         >>> model, x = Norm(), np.float32([[1.0], [3.0]])
@@ -69,7 +69,7 @@ def recognize(
         ...     model, variables, x, batch_size=2, call=lambda m, b: m(b, training=False)
         ... )
         >>> stats["moving_mean"].tolist(), stats["moving_var"].tolist()
-        ([2.0], [1.0])
+        ([[2.0]], [[1.0]])
 
     Args:
         cls: a class of `flax.linen` or `flax.nnx` modules with a `__call__`, whose first argument is the input.
