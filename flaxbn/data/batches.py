@@ -60,8 +60,8 @@ class Arrays:
         return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
 
     def peeked(self) -> tuple[Any, "Arrays"]:
-        """The first batch as shapes and dtypes, and all of the data."""
-        return abstract(self.arrays, self.groups[0].shape[1]), self
+        """The first batch as shapes and dtypes (None without any), and all of the data."""
+        return abstract(self.arrays, self.groups[0].shape[1]) if self.groups else None, self
 
     def __iter__(self) -> Iterator[Any]:
         """The batches themselves."""

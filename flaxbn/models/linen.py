@@ -144,7 +144,7 @@ def _interceptor() -> Callable[..., Any]:
         function, layer = running_function(context), context.module
         if function is DROPOUT_CALL:
             return kwargs["inputs"] if "inputs" in kwargs else args[0]
-        known = None if inside or layer.is_initializing() else _evaluation_of(layer, function)
+        known = None if inside else _evaluation_of(layer, function)
         if known is None:
             with running_module(layer):
                 return next_call(*args, **kwargs)
@@ -159,13 +159,14 @@ def _interceptor() -> Callable[..., Any]:
 
 def _evaluation_of(layer: nn.Module, function: Any) -> Callable[[Any, Any], Any] | None:
     """How a layer evaluates behind a tap, from the arguments of its call; None for one that runs as it is."""
-    method, known = known_as(type(layer), function) or (None, None)
+    said = known_as(type(layer), function)
+    if (said is None and function not in (*LAYER_CALLS, SPECTRAL_CALL)) or layer.is_initializing():
+        return None
+    method, known = said or (None, None)
     if method is not None and known is not None:
         return partial(evaluate_recognized, layer, known, method)
-    if method is not None or function is SPECTRAL_CALL:
+    if said is not None or function is SPECTRAL_CALL:
         own_all(layer, below=False)
-        return None
-    if function not in LAYER_CALLS:
         return None
 
     def evaluated(args: Any, kwargs: Any) -> Array:
