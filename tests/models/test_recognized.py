@@ -179,11 +179,13 @@ def test_what_is_recognized_later_is_seen_by_compiled_passes_and_by_jit():
         def __call__(self, x, train=False):
             return self.normalize(x, train)
 
+    jitted = nn.jit(Late)  # which jax traces once for calls that look alike
+
     class Jitted(nn.Module):
         @nn.compact
         def __call__(self, x):
             x = nn.BatchNorm(use_running_average=True, name="stock")(x)
-            return nn.jit(Late)(name="late")(3 * x + 1)
+            return jitted(name="late")(3 * x + 1)
 
     model = Jitted()
     variables = model.init(jax.random.key(0), X)

@@ -24,23 +24,19 @@ class Own(Foreign):
 
 
 class Net(nn.Module):
-    """A stock layer, and one that nobody knows, inside of `wrap`."""
+    """A stock layer, and one that nobody knows."""
 
     names: tuple = ("running_mean", "running_var")
-    wrap: object = staticmethod(lambda cls: cls)
+    own: object = Own
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.BatchNorm(not train, name="stock")(nn.Dense(8)(x)))
-        return nn.Dense(2)(self.wrap(Own)(self.names, name="own")(nn.Dense(8)(x), train))
+        return nn.Dense(2)(self.own(self.names, name="own")(nn.Dense(8)(x), train))
 
 
-def remat(cls):
-    return nn.remat(cls, static_argnums=(2,))
-
-
-def jit(cls):
-    return nn.jit(cls, static_argnums=(2,))
+REMAT = nn.remat(Own, static_argnums=(2,))
+JIT = nn.jit(Own, static_argnums=(2,))
 
 
 MODEL = Net()
@@ -70,9 +66,9 @@ def test_what_uses_stored_statistics_is_named_once(look):
     assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize("wrap", [remat, jit], ids=["remat", "jit"])
-def test_inside_of_transformations_too(wrap):
-    model = Net(wrap=wrap)
+@pytest.mark.parametrize("own", [REMAT, JIT], ids=["remat", "jit"])
+def test_inside_of_transformations_too(own):
+    model = Net(own=own)
     for _ in range(2):  # what jax has traced before is not traced again
         with pytest.warns(UserWarning, match="in 'own'"):
             LOOKS["apply"](model, VARIABLES)
@@ -143,19 +139,22 @@ def test_one_row_that_is_initial_is_enough(tmp_path):
         flaxbn.export_inference(Stacked(), variables, X[:8], tmp_path / "model.zip")
 
 
-class Spectral(nn.Module):
-    wrap: object = staticmethod(lambda cls: cls)
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = self.wrap(Normed)(name="a")(self.wrap(Normed)(name="b")(x, train), train)
-        return nn.BatchNorm(not train, name="stock")(x)
-
-
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         return nn.SpectralNorm(nn.Dense(4))(x, update_stats=train)
+
+
+JIT_NORMED = nn.jit(Normed, static_argnums=(2,))
+
+
+class Spectral(nn.Module):
+    normed: object = Normed
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = self.normed(name="a")(self.normed(name="b")(x, train), train)
+        return nn.BatchNorm(not train, name="stock")(x)
 
 
 @pytest.mark.parametrize("look", ["apply", "precise", "diagnose"])
@@ -167,7 +166,7 @@ def test_spectral_normalization_is_none(look):
 
 
 def test_nor_is_it_where_jax_knows_the_traced_function_already():
-    model = Spectral(jit)
+    model = Spectral(JIT_NORMED)
     variables = jax.jit(model.init)(jax.random.key(0), X)
     for _ in range(2):
         LOOKS["apply"](model, variables)
@@ -237,6 +236,18 @@ def test_statistics_that_loops_hand_through_are_not():
     variables = Repeated("broadcast").init(jax.random.key(0), x)
     for how in ("broadcast", "carried"):
         flaxbn.apply(Repeated(how), variables, x, statistics="batch")
+
+
+def test_nor_is_what_is_handed_through_and_not_used():
+    class Spare(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("batch_stats", "spare", jnp.zeros, x.shape[-1:])
+            return nn.BatchNorm(use_running_average=True, name="stock")(x)
+
+    model = nn.remat(Spare)()
+    variables = model.init(jax.random.key(0), X)
+    flaxbn.apply(model, variables, X, statistics="batch")
 
 
 def test_a_model_without_a_known_layer_says_what_it_holds():
