@@ -1,7 +1,7 @@
 """A layer of a recognized class, evaluated by its own code with the statistics that come out of a tap."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,7 +35,7 @@ def evaluate_recognized(layer: nn.Module, known: Recognized, method: Callable[..
     """
     fields, given = _told_to_evaluate(layer, known, method, args, kwargs)
     check_stored(layer, known.mean, known.var)
-    own_all(layer)
+    own_all(layer, (known.mean, known.var))
     mean, var = _chosen(layer, known, given.args[1], given.arguments.get("mask"))
     variables = {collection: dict(held) for collection, held in layer.variables.items()}
     variables["batch_stats"] |= {known.mean: mean, known.var: var}
@@ -53,9 +53,9 @@ def evaluate_recognized(layer: nn.Module, known: Recognized, method: Callable[..
         ) from error
 
 
-def own_all(layer: nn.Module, *, below: bool = True) -> None:
-    """Says of what a layer holds in `batch_stats` that its use is known; `below` it, too."""
-    held = layer.variables.get("batch_stats", {})
+def own_all(layer: nn.Module, statistics: Sequence[str] = (), *, below: bool = True) -> None:
+    """Says of what a layer holds in `batch_stats` that its use is known, but for its statistics; `below` it, too."""
+    held = {name: value for name, value in layer.variables.get("batch_stats", {}).items() if name not in statistics}
     for leaf in jax.tree.leaves(held if below else [value for value in held.values() if hasattr(value, "shape")]):
         owned_p.bind(jnp.asarray(leaf))
 

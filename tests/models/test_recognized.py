@@ -173,6 +173,19 @@ def test_a_subclass_that_calls_it_is_known_with_it():
     np.testing.assert_allclose(found, 2 * (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-3), atol=1e-5)
 
 
+def test_statistics_that_are_changed_on_the_way_are_named():
+    class Halved(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            halve = {"trans_in_fn": lambda held: jax.tree.map(lambda a: a / 2, held), "init": self.is_initializing()}
+            x = nn.BatchNorm(use_running_average=True, name="stock")(x)
+            return nn.map_variables(Copied, "batch_stats", **halve)(use_running_average=True, name="halved")(x)
+
+    variables = Halved().init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match="in 'halved"):
+        flaxbn.apply(Halved(), variables, X, statistics="batch")
+
+
 def test_what_is_recognized_later_is_seen_by_compiled_passes_and_by_jit():
     class Late(Foreign):
         @nn.compact
