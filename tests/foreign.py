@@ -96,7 +96,7 @@ class KeepsDims(Foreign):
 
     @nn.compact
     def __call__(self, x):
-        return self.normalize(x, self.is_training, ("mu", "sigma2"), (1,) * (x.ndim - 1) + x.shape[-1:])
+        return self.normalize(x, self.is_training, ("average", "spread"), (1,) * (x.ndim - 1) + x.shape[-1:])
 
 
 def stock(x, train, name):
@@ -117,7 +117,7 @@ KNOWN = {
     Running: {"mean": "batch_norm_running_mean", "var": "batch_norm_running_var"},
     Training: {"evaluation": {"training": False}},
     Paired: {},
-    KeepsDims: {"mean": "mu", "var": "sigma2", "evaluation": {"is_training": False}, "axis": -1},
+    KeepsDims: {"mean": "average", "var": "spread", "evaluation": {"is_training": False}, "axis": -1},
 }
 
 

@@ -35,7 +35,8 @@ class Reach:
 
     def _run(self, jaxpr: Any, marks: Sequence[Marks]) -> list[Marks]:
         jaxpr = opened(jaxpr)
-        found = interpret(jaxpr, [_NONE] * len(jaxpr.constvars), marks, self._step)
+        constants = len(jaxpr.constvars) + len(jaxpr.invars) - len(marks)  # some versions have them among `invars`
+        found = interpret(jaxpr, [_NONE] * constants, marks, self._step)
         return [marks if isinstance(marks, frozenset) else _NONE for marks in found]
 
     def _step(self, eqn: Any, values: list[Any]) -> Sequence[Marks]:
@@ -60,7 +61,7 @@ class Reach:
             return self._while(eqn, marks)
         if name == "scan":
             return self._scan(eqn, inner[0], marks)
-        if (can_be_opened(eqn) or name == "shard_map") and len(opened(inner[0]).invars) == len(marks):
+        if can_be_opened(eqn) or name == "shard_map":
             return self._run(inner[0], marks)
         return [_NONE.union(*marks)] * len(eqn.outvars)
 
