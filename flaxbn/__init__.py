@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from flaxbn.models.apply import apply as apply
     from flaxbn.models.independence import BatchDependenceError as BatchDependenceError
     from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
+    from flaxbn.models.mark import mark as mark
+    from flaxbn.models.recognized import recognize as recognize
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,8 @@ _ROOMS = {
     "apply": "models.apply",
     "BatchDependenceError": "models.independence",
     "assert_batch_independent": "models.independence",
+    "mark": "models.mark",
+    "recognize": "models.recognized",
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,10 @@ class Arrays:
         """Each batch, to be read when it is needed."""
         return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
 
+    def peeked(self) -> tuple[Any, "Arrays"]:
+        """The first batch as shapes and dtypes (None without any), and all of the data."""
+        return abstract(self.arrays, self.groups[0].shape[1]) if self.groups else None, self
+
     def __iter__(self) -> Iterator[Any]:
         """The batches themselves."""
         return map(self.take, self._batches())
@@ -94,6 +99,12 @@ class Stream:
             if seen == self.num_samples:
                 return
         _check_enough(seen, self.num_samples)
+
+    def peeked(self) -> tuple[Any, "Stream"]:
+        """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""
+        batches = iter(self)
+        first = list(islice(batches, 1))
+        return abstract(first[0]) if first else None, Stream(chain(first, batches))
 
     def pick(self, numbers: Sequence[int]) -> list[Any]:
         """Some batches of a sequence, by their numbers, received as those that come by themselves."""

@@ -19,8 +19,10 @@ from flaxbn.diagnostics.loss_gap import Gap
 from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
 from flaxbn.diagnostics.renormalization import not_begun, out_of_bounds
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
+from flaxbn.estimation.request import check_stored
 from flaxbn.models.arguments import check_model
 from flaxbn.models.linen import Call
+from flaxbn.models.unseen import one_warning
 
 RULES = (
     not_finite_loss,
@@ -144,16 +146,23 @@ noise of the batch that its bounds clip, of the examples shuffled |
         epsilon: what the layers add to the variance.
 
     Raises:
-        ValueError: if there are fewer than two batches, or of several sizes; or an argument does not fit, as in `gap`.
+        ValueError: if the model has no batch-norm layer, which is seen before data are read if `batch_stats` tells; if
+            there are fewer than two batches, or of several sizes; or an argument does not fit, as in `gap`.
         TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+
+    Warns:
+        UserWarning: if a layer of a class that flaxbn does not know takes part: nothing is found out about it.
     """
     check_model(model)
-    subject = Subject.of(
-        model, variables, batches, call=call, only=only, batch_size=batch_size, num_batches=num_batches
-    )
-    meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
-    if meaningless:
-        return Diagnosis(tuple(meaningless))
-    evidence = gather(subject, loss_fn, domain, epsilon)
+    check_stored(variables, model)
+    with one_warning():
+        subject = Subject.of(
+            model, variables, batches, call=call, only=only, batch_size=batch_size, num_batches=num_batches
+        )
+        subject.note_unseen()
+        meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
+        if meaningless:
+            return Diagnosis(tuple(meaningless))
+        evidence = gather(subject, loss_fn, domain, epsilon)
     findings = tuple(finding for rule in RULES for finding in rule(evidence))
     return Diagnosis(findings, evidence.drift, evidence.noise, evidence.losses, evidence.shuffled)

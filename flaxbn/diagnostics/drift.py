@@ -11,6 +11,7 @@ import numpy as np
 from flaxbn.arithmetic.moments import Moments, is_moments, merge
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import by_path, named_leaves
+from flaxbn.models.places import places_of
 from flaxbn.models.rows import RowsByLayer, seen_rows
 
 SIGNIFICANT = 3.0
@@ -149,12 +150,12 @@ def compare(
     each = [by_path(jax.device_get(part)) for part in parts]
     records: list[Drift] = []
     for path, moments in by_path(merged).items():
-        kept = [leaves.get((*path, field)) for field in ("mean", "var")]
-        if any(field is None or np.shape(field) != np.shape(moments.mean) for field in kept):
+        kept = [leaves[place] for place in places_of(path, leaves) or ()]
+        if not kept or any(np.shape(field) != np.shape(moments.mean) for field in kept):
             raise ValueError(
                 f"`batch_stats` must hold the layers of `population` in their shapes: '{layer_name(path)}' has "
                 f"moments of shape {np.shape(moments.mean)}, and stored is "
-                f"{[None if field is None else np.shape(field) for field in kept]}."
+                f"{' and '.join(str(np.shape(field)) for field in kept) or 'nothing there'}."
             )
         everything = (*jax.device_get(kept), moments, *(part[path] for part in each))
         for row in seen_rows(rows, path, moments.count):

@@ -23,8 +23,11 @@ from flaxbn.diagnostics.noise import BatchNoise, noise_among
 from flaxbn.diagnostics.renorm_layers import Bounds, bounds_of_rows, renormalized
 from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
-from flaxbn.models.linen import Call
+from flaxbn.models.batch_stats import select, with_wide_statistics
+from flaxbn.models.entries import read_layers
+from flaxbn.models.linen import Call, check_layers, trace
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
+from flaxbn.models.unseen import leaves_unseen, note
 
 _MOSTLY = 0.9
 """The share of batches that must hold one domain each for domains to be told apart; a few borders do no harm."""
@@ -79,6 +82,16 @@ class Subject:
         several = joined(by_shape(drawn)[0][: -(-_EXAMPLES // size)])
         example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], several)
         return cls(model, variables, call, only, drawn, batch_size is not None, size, example)
+
+    def note_unseen(self) -> None:
+        """Notes what takes part in the model without a tap; a model that runs no batch-norm layer is an error."""
+        variables, batch = with_wide_statistics(self.variables), self.batches[0]
+        traced = trace(self.model, variables, batch, self.call, None)
+        check_layers(traced.program, self.model, variables)
+        others = len(jax.tree.leaves(batch))
+        reading = read_layers(traced.program, variables, others)
+        wanted = select(reading.layers, self.only).entries
+        note(leaves_unseen(traced.program, traced.written, variables, others, reading, wanted))
 
     def moments_of(self, batches: Iterable[Any]) -> list[Any]:
         """The moments of each batch, which is normalized by itself in all layers, as in training."""

@@ -14,6 +14,7 @@ from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.data.samples import show
 from flaxbn.models.apply import apply
 from flaxbn.models.linen import Call
+from flaxbn.models.unseen import one_warning
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def gap(
     def validation_losses(batch: Any) -> tuple[Array]:
         return (loss_fn(apply(model, variables, batch, call=call), batch),)
 
-    (by_batch, by_stored), labels, numbers = _over(_cut(batches, batch_size, full=True), losses, domain)
+    with one_warning():
+        (by_batch, by_stored), labels, numbers = _over(_cut(batches, batch_size, full=True), losses, domain)
     rows = {None: np.full(len(labels), True)} | {label: labels == label for label in _distinct(labels, domain)}
     there: dict[Any, float | None] = dict.fromkeys(rows)
     if validation is not None:

@@ -16,6 +16,7 @@ from flaxbn.estimation.precise import batch_moments
 from flaxbn.models.batch_stats import by_path
 from flaxbn.models.linen import Call
 from flaxbn.models.rows import RowsByLayer, rows_of, seen_rows
+from flaxbn.models.unseen import one_warning
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def batch_noise(
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     chosen = some_batches(batches, batch_size, num_batches)
-    found = [*batch_moments(model, variables, chosen, call=call, only=only)]
+    with one_warning():
+        found = [*batch_moments(model, variables, chosen, call=call, only=only)]
     rows = rows_of(model, variables, chosen[0], call=call)
     return noise_among(found, count_samples(chosen[0]), rows, tolerance=tolerance, epsilon=epsilon)
 

@@ -17,7 +17,7 @@ from flaxbn.diagnostics.evidence import Evidence, Subject
 from flaxbn.diagnostics.findings import Finding, Trap
 from flaxbn.estimation.layer_moments import NotFiniteError
 from flaxbn.layers.names import layer_name
-from flaxbn.models.batch_stats import named_leaves
+from flaxbn.models.batch_stats import named_leaves, stored_layers
 from flaxbn.models.independence import BatchDependenceError, assert_batch_independent, outputs, split
 
 NOT_FINITE = Trap(
@@ -64,7 +64,8 @@ def _not_finite_variables_or_data(subject: Subject) -> list[str]:
     leaves = [leaf for tree in trees for leaf in jax.tree_util.tree_leaves_with_path(tree)]
     wrong = [*dict.fromkeys(jax.tree_util.keystr(path) for path, leaf in leaves if not _is_finite(leaf))]
     stored = named_leaves(named["batch_stats"])
-    negative = [names for names, leaf in stored.items() if names[-1] == "var" and np.any(np.asarray(leaf) < 0)]
+    variances = [var for _, var in stored_layers(named["batch_stats"]).places.values()]
+    negative = [names for names in variances if np.any(np.asarray(stored[names]) < 0)]
     return wrong + [f"stored {layer_name(names)}" for names in negative]
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.arithmetic.renorm import correction
 from flaxbn.layers.linen import BatchRenorm
-from flaxbn.models.batch_stats import Path, as_tree, by_path, named_leaves
+from flaxbn.models.batch_stats import as_tree, by_path, named_leaves
 from flaxbn.models.linen import Call, trace
+from flaxbn.models.places import Path
 from flaxbn.models.rows import Row, RowsByLayer
 
 _LATEST = 2**24

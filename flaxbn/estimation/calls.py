@@ -13,8 +13,10 @@ from flaxbn.data.placement import place
 from flaxbn.data.samples import common_length, count_samples, show
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
-from flaxbn.models.entries import entries_read
-from flaxbn.models.linen import check_layers, trace
+from flaxbn.models.entries import Reading, entries_read
+from flaxbn.models.linen import Traced, check_layers, trace
+from flaxbn.models.places import Path
+from flaxbn.models.unseen import leaves_unseen
 from flaxbn.tracing.closed import as_arguments, with_own_constants
 from flaxbn.tracing.jaxpr import structure
 from flaxbn.tracing.measure import check_values, stored_statistics
@@ -50,6 +52,7 @@ class LayerCalls(NamedTuple):
         samples: how many a batch has, padding included; None where its arrays share no axis of samples.
         present: how many samples are no padding, where there is padding.
         weigh: the traced `sample_weight`; its arguments are the arrays that it closes over, then the batch's leaves.
+        unseen: the leaves of `batch_stats` that take part, and for which no tap stands.
     """
 
     program: Program
@@ -60,13 +63,15 @@ class LayerCalls(NamedTuple):
     samples: int | None
     present: int | None
     weigh: Program | None
+    unseen: tuple[Path, ...]
 
     def key(self) -> Hashable:
         """Equal for calls from which equal passes are made."""
         programs = [self.program.jaxpr, *([] if self.weigh is None else [self.weigh.jaxpr])]
         entries = tuple([(site, e.shape, e.tobytes()) for site, e in self.entries.items()])
         traced = tuple([structure(jaxpr.invars, jaxpr.eqns, jaxpr.outvars) for jaxpr in programs])
-        return traced, self.arguments, entries, tuple(self.batch_axes.items()), self.samples, self.present
+        others = self.arguments, tuple(self.batch_axes.items()), self.samples, self.present, self.unseen
+        return traced, entries, others
 
     def check_values(self, tap: Tap) -> None:
         """A single value per channel, padding left out, is an error."""
@@ -96,33 +101,37 @@ def as_traced(program: Program, args: Sequence[Any]) -> Program:
     return program
 
 
-def traced(options: PassOptions, arguments: Any, form: Form) -> Program:
-    """The model, traced for these abstract (variables, batch, rngs)."""
+def traced(options: PassOptions, arguments: Any, form: Form) -> tuple[Traced, Program]:
+    """The model, traced for these abstract (variables, batch, rngs), and its program in a form."""
     variables, batch, rngs = arguments
-    program, _ = trace(options.model, variables, batch, options.call, rngs)
-    check_layers(program, options.model)
+    found = trace(options.model, variables, batch, options.call, rngs)
+    check_layers(found.program, options.model, variables)
     leaves = jax.tree.leaves(arguments)
-    return form(with_own_constants(program, leaves), leaves)
+    return found, form(with_own_constants(found.program, leaves), leaves)
 
 
 def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerCalls, Closed]:
     """Traces the model and `sample_weight`, which are not held by what is returned."""
     arguments = variables, batch, rngs = shapes.abstract()
-    program = traced(options, arguments, form)
-    entries = entries_read(program, variables, len(jax.tree.leaves((batch, rngs))))
-    layers = stored_layers(variables["batch_stats"])
+    whole, program = traced(options, arguments, form)
+    others = len(jax.tree.leaves((batch, rngs)))
+    layers = stored_layers(variables["batch_stats"], options.read)
+    entries = entries_read(program, variables, others, layers)
     wanted = np.concatenate([np.ravel(layers.entries[path]) for path in options.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
     axes = {}
     if shapes.present is not None or options.sample_weight is not None:
-        longer = traced(options, shapes.abstract(grow=1), form)
+        _, longer = traced(options, shapes.abstract(grow=1), form)
         axes = {i: _batch_axis(program, longer, i, count_samples(batch)) for i in found}
     inputs = program.tap_inputs()
     is_complex = [bool(jnp.issubdtype(inputs[site].dtype, jnp.complexfloating)) for site in found]
     program, closed = as_arguments(program)
     weigh, closed_by_weights = _trace_weights(options.sample_weight, batch)
     counts = (len(closed), *(len(jax.tree.leaves(tree)) for tree in arguments))
-    calls = LayerCalls(program, counts, found, is_complex, axes, common_length(batch), shapes.present, weigh)
+    reading = Reading(layers, entries_read(whole.program, variables, others, layers))
+    not_seen = leaves_unseen(whole.program, whole.written, variables, others, reading, options.wanted)
+    samples = common_length(batch)
+    calls = LayerCalls(program, counts, found, is_complex, axes, samples, shapes.present, weigh, not_seen)
     return calls, Closed(*(_placed(arrays, options.sharding) for arrays in (closed, closed_by_weights)))
 
 

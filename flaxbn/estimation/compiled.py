@@ -8,8 +8,8 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.models.batch_stats import Path
 from flaxbn.models.linen import Call
+from flaxbn.models.places import Pair, Path
 
 
 class Layout(NamedTuple):
@@ -20,12 +20,16 @@ class Layout(NamedTuple):
 
 
 class PassOptions(NamedTuple):
-    """What a compiled pass depends on, besides shapes."""
+    """What a compiled pass depends on, besides shapes.
+
+    `read` are the statistics that the model reads under other names than those that are known.
+    """
 
     model: nn.Module
     call: Call | None
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[Path]
+    read: tuple[Pair, ...]
     sharding: NamedSharding | None
     by_device: bool
     tracing: tuple[Any, ...]

@@ -8,7 +8,8 @@ import numpy as np
 
 from flaxbn.arithmetic.moments import Moments
 from flaxbn.layers.names import layer_name
-from flaxbn.models.batch_stats import Path, StoredLayers, as_tree, collect, name_unseen
+from flaxbn.models.batch_stats import StoredLayers, as_tree, collect, name_unseen
+from flaxbn.models.places import Path
 
 
 class Result(NamedTuple):
@@ -58,7 +59,8 @@ def checked_tree(moments: Mapping[Path, Moments], wanted: StoredLayers, *, keep_
         raise ValueError(
             f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
             "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
-            "layer whose statistics are computed from what is stored, not read, counts as not seen.)"
+            "layer whose statistics are computed from what is stored, not read, counts as not seen. So does one of a "
+            "class that flaxbn does not know: `flaxbn.recognize`, or `flaxbn.mark` in its code, makes it known.)"
         )
     return as_tree({path: moments[path] for path in wanted.entries})
 

@@ -17,10 +17,12 @@ from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
 from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
-from flaxbn.estimation.request import Request, request
-from flaxbn.models.arguments import check_concrete
-from flaxbn.models.batch_stats import Path, moments_by_path, replace_statistics
+from flaxbn.estimation.request import Request, has_other_names, request
+from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.batch_stats import moments_by_path, replace_statistics
 from flaxbn.models.linen import Call
+from flaxbn.models.places import Path
+from flaxbn.models.unseen import one_warning
 
 
 def estimate_population_stats(
@@ -125,7 +127,9 @@ def estimate_population_stats(
 
     Warns:
         UserWarning: if a layer is called more than once in a forward pass: its calls are merged, though no single
-            pair of statistics can normalize each of them; or if batches without a sample axis cannot be checked.
+            pair of statistics can normalize each of them; or if batches without a sample axis cannot be checked. If
+            a layer of a class that flaxbn does not know takes part with what it has stored, or is in training mode:
+            it names what such layers keep in `batch_stats`. `flaxbn.mark` and `flaxbn.recognize` make them known.
 
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
@@ -204,21 +208,27 @@ def population_moments(
     options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "rngs": rngs}
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
-        asked = request(model, variables, sharding=sharding, normalization_batch=normalization_batch, **options)
+        checked = options | {"sharding": sharding, "normalization_batch": normalization_batch}
+        data: Arrays | Stream | None = None
+        first = None
+        if has_other_names(variables):
+            check_model(model)
+            first, data = open_batches(batches, batch_size, num_samples).peeked()
+        asked = request(model, variables, first=first, **checked)
         _check_method(method, memory_limit, normalization_batch, earlier)
         if batch_size is not None or isinstance(batches, list):
             check_concrete("batches", None if isinstance(batches, Iterator) else batches)
         before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
-        return asked, open_batches(batches, batch_size, num_samples), before
+        return asked, data or open_batches(batches, batch_size, num_samples), before
 
     asked, data, before = on_all(prepare)
-    with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+    with one_warning(), own_mesh(asked.options.sharding, by_device=asked.options.by_device):
         if method == "exact":
             found = [exact_pass(asked, data, memory_limit, check_independence=check_independence)]
             moments = merged_by_layer(found, asked.layers)
         else:
             found, moments = _precise_moments(asked, data, before)
-    tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
+        tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
     warn_called_twice(found, asked.wanted)
     return tree
 

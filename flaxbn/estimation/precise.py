@@ -1,6 +1,7 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from flaxbn.estimation.chunks import Ahead, room
 from flaxbn.estimation.compiled import Shapes, shapes_of
 from flaxbn.estimation.joined import Packed, Pending, Record, fetched
 from flaxbn.estimation.layer_moments import Result, check_finite, check_several, checked_tree, merged_by_layer
-from flaxbn.estimation.request import Request, request, tracing_options
+from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.linen import Call
@@ -171,10 +172,13 @@ def batch_moments(
 
     The model is traced once for batches of one shape.
     """
-    options = {"sample_weight": None, "sharding": None, "normalization_batch": "global", "rngs": None}
-    asked = request(model, variables, call=call, only=only, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
+    batches = iter(batches)
+    begin = [*islice(batches, 1)]
+    first = abstract(begin[0]) if begin and has_other_names(variables) else None
+    asked = request(model, variables, call=call, only=only, first=first, **options)
     passes = Compiled(Pass, asked.options)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(chain(begin, batches)):
         source, (closed,) = passes.find(shapes_of(asked.variables, abstract(batch), asked.rngs, present=None))
         one = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
         found = source.pending([step], source.scan(closed, asked.variables, asked.rngs, one, None, None, None, step))

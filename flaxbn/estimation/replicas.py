@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge_along
-from flaxbn.models.batch_stats import Path, dict_names, named_leaves, stored_layers
+from flaxbn.models.batch_stats import dict_names, named_leaves, stored_layers
+from flaxbn.models.places import Pair
 
 
 def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> Any:
@@ -50,14 +51,14 @@ def merge_replicas(batch_stats: Any, counts: Sequence[float] | None = None) -> A
         )
     weights = _weights(counts, sizes[0][0])
     named = named_leaves(batch_stats)
-    layers = stored_layers(batch_stats).entries
-    merged = {path: _merge(named, path, weights) for path in layers}
+    layers = stored_layers(batch_stats).places
+    merged = {place: value for pair in layers.values() for place, value in zip(pair, _merge(named, pair, weights)[1:])}
     values = []
     for path, leaf in leaves:
-        *layer, field = dict_names(path) or ("",)
-        if tuple(layer) in merged and field in ("mean", "var"):
-            values.append(getattr(merged[tuple(layer)], field).astype(leaf.dtype))
-        elif tuple(layer) in merged and field == "steps":
+        names = dict_names(path)
+        if names in merged:
+            values.append(merged[names].astype(leaf.dtype))
+        elif names[:-1] in layers and names[-1:] == ("steps",):
             values.append(np.max(leaf, 0))
         else:
             values.append(_common(path, leaf))
@@ -74,8 +75,8 @@ def _weights(counts: Sequence[float] | None, replicas: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _merge(named: Any, path: Path, weights: np.ndarray) -> Moments:
-    mean, var = (np.asarray(named[(*path, field)]) for field in ("mean", "var"))
+def _merge(named: Any, pair: Pair, weights: np.ndarray) -> Moments:
+    mean, var = (np.asarray(named[place]) for place in pair)
     count = weights.reshape(-1, *[1] * (mean.ndim - 1))
     # A replica that has seen nothing may hold anything.
     mean, var = (np.where(count > 0, a, 0) for a in (mean, var))

@@ -1,7 +1,7 @@
 """What a user asks to be estimated, checked and made ready for any method."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,10 @@ from flaxbn.estimation.compiled import PassOptions
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import check_concrete, check_model
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
-from flaxbn.models.linen import Call
+from flaxbn.models.entries import candidates_in, pairs_read
+from flaxbn.models.linen import Call, trace
+from flaxbn.models.places import Pair
+from flaxbn.models.unseen import what_is_held
 
 
 class Request(NamedTuple):
@@ -44,14 +47,16 @@ def request(
     sharding: NamedSharding | None,
     rngs: Mapping[str, Array] | None,
     normalization_batch: str = "global",
+    first: Any = None,
 ) -> Request:
-    """Checks the arguments and brings the variables to where the batches will lie."""
-    check_model(model)
-    _check_batch_stats(variables)
-    check_concrete("variables", variables)
-    check_concrete("rngs", rngs)
-    layers = stored_layers(variables["batch_stats"])
-    wanted = _wanted_layers(layers, only, model)
+    """Checks the arguments and brings the variables to where the batches will lie.
+
+    `first` is the first batch as shapes and dtypes, where `has_other_names` says that it matters.
+    """
+    _check_variables(model, variables, rngs)
+    read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
+    layers = stored_layers(variables["batch_stats"], read)
+    wanted = _wanted_layers(layers, only, model, variables)
     by_device = _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
@@ -59,6 +64,7 @@ def request(
         call=call,
         sample_weight=sample_weight,
         wanted=frozenset(wanted.entries),
+        read=read,
         sharding=sharding,
         by_device=by_device,
         tracing=tracing_options(),
@@ -70,6 +76,13 @@ def request(
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
     return Request(options, arrays, keys, layers, wanted)
+
+
+def _check_variables(model: nn.Module, variables: Mapping[str, Any], rngs: Mapping[str, Array] | None) -> None:
+    check_model(model)
+    _check_batch_stats(variables)
+    check_concrete("variables", variables)
+    check_concrete("rngs", rngs)
 
 
 def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:
@@ -100,12 +113,38 @@ def tracing_options() -> tuple[Any, ...]:
     return tuple(getattr(jax.config, name) for name in names)
 
 
-def _wanted_layers(layers: StoredLayers, only: Callable[[str], bool] | None, model: nn.Module) -> StoredLayers:
+def has_other_names(variables: Any) -> bool:
+    """Whether statistics may have names that nobody would know: only a traced model tells whether it reads them."""
+    return isinstance(variables, Mapping) and bool(candidates_in(variables.get("batch_stats", {})))
+
+
+def _read_under_other_names(
+    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
+) -> tuple[Pair, ...]:
+    abstracted = dict(with_wide_statistics(jax.eval_shape(lambda tree: tree, dict(variables))))
+    program = trace(model, abstracted, batch, call, dict(rngs or {})).program
+    return tuple(pairs_read(program, abstracted, len(jax.tree.leaves((batch, rngs)))))
+
+
+def check_stored(variables: Any, model: nn.Module) -> None:
+    """Without anything that could be a layer's statistics there is nothing to look at: an error."""
+    _check_batch_stats(variables)
+    if not stored_layers(variables["batch_stats"]).entries and not has_other_names(variables):
+        _raise_without_layers(variables, model)
+
+
+def _raise_without_layers(variables: Any, model: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has none. "
+        f"{what_is_held(variables)}"
+    )
+
+
+def _wanted_layers(
+    layers: StoredLayers, only: Callable[[str], bool] | None, model: nn.Module, variables: Any
+) -> StoredLayers:
     if not layers.entries:
-        raise ValueError(
-            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
-            "none."
-        )
+        _raise_without_layers(variables, model)
     wanted = select(layers, only)
     if not wanted.entries:
         known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)

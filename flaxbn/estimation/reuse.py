@@ -13,7 +13,9 @@ import jax
 
 from flaxbn.estimation.calls import Closed, Form, LayerCalls, as_traced, find_calls
 from flaxbn.estimation.compiled import Layout, PassOptions, Shapes
+from flaxbn.models.places import Path
 from flaxbn.models.snapshot import NotFrozenError, snapshot
+from flaxbn.models.unseen import note
 from flaxbn.tracing.jaxpr import Hashed
 
 _PROGRAMS = 32  # compiled ones, each up to tens of MB for a deep model
@@ -50,10 +52,11 @@ class Recent(Generic[T]):
 
 
 class _Known(NamedTuple):
-    """What a snapshot leads to: the key of a program, and the arrays that are its arguments."""
+    """What a snapshot leads to: the key of a program, the arrays that are its arguments, and what no tap stands for."""
 
     program: Hashed
     closed: list[Closed]
+    unseen: tuple[Path, ...]
 
 
 _by_snapshot: Recent[_Known] = Recent(_SNAPSHOTS)
@@ -76,7 +79,10 @@ class Compiled(Generic[P]):
         self._found: Recent[tuple[P, list[Closed]]] = Recent(_SNAPSHOTS)
 
     def find(self, *shapes: Shapes) -> tuple[P, list[Closed]]:
-        """The pass for these shapes, and for each of them the arrays that are its arguments."""
+        """The pass for these shapes, and for each of them the arrays that are its arguments.
+
+        What takes part in the model without a tap is noted, for a warning.
+        """
         return self._found.get(shapes) or self._found.put(shapes, self._look_up(shapes))
 
     def _look_up(self, shapes: tuple[Shapes, ...]) -> tuple[P, list[Closed]]:
@@ -86,22 +92,27 @@ class Compiled(Generic[P]):
         known = None if frozen is None else _by_snapshot.get(frozen)
         found = None if known is None else _by_program.get(known.program)
         if known is not None and found is not None:
+            note(known.unseen)
             return found, known.closed
         traced = [find_calls(options, one, self._form) for one in shapes]
         calls, closed = [calls for calls, _ in traced], [closed for _, closed in traced]
+        unseen = tuple(dict.fromkeys(path for one in calls for path in one.unseen))
+        note(unseen)
         arrays = tuple([one.of_arrays() for one in shapes])
         program = Hashed((context, arrays, tuple([one.key() for one in calls])))
         found = _by_program.get(program)
         if found is None:
             found = _by_program.put(program, self._make(calls, options.layout))
         if frozen is not None and sum(a.nbytes for a in jax.tree.leaves(closed)) <= _CLOSED_BYTES:
-            _by_snapshot.put(frozen, _Known(program, closed))
+            _by_snapshot.put(frozen, _Known(program, closed, unseen))
         return found, closed
 
     def _snapshot(self, context: Hashable) -> Hashed | None:
         """The key of all that decides what is traced; None where that cannot be frozen."""
         options = self._options
         try:
-            return Hashed((context, options.wanted, snapshot((options.model, options.call, options.sample_weight))))
+            return Hashed(
+                (context, options.wanted, options.read, snapshot((options.model, options.call, options.sample_weight)))
+            )
         except NotFrozenError:
             return None

@@ -20,11 +20,14 @@ from flaxbn.data.batches import count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import check_concrete, check_model
-from flaxbn.models.batch_stats import Path, by_path, named_leaves, replace_statistics
+from flaxbn.models.batch_stats import by_path, named_leaves, replace_statistics, with_wide_statistics
+from flaxbn.models.entries import read_layers
 from flaxbn.models.evaluation_mode import check_evaluation
 from flaxbn.models.independence import assert_batch_independent
-from flaxbn.models.linen import Call, evaluate
+from flaxbn.models.linen import Call, evaluate, trace
+from flaxbn.models.places import Path
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
+from flaxbn.models.unseen import WAYS_FORWARD, initial_holders, unseen
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -96,7 +99,7 @@ def export_inference(
     check_evaluation(model, variables, example, call)
     counts = _counts(variables, moments)
     rows = rows_of(model, variables, example, call=call)
-    _check_estimated(variables, rows, counts)
+    _check_estimated(variables, rows, counts, _unknown_initial(model, variables, example, call))
     assert_batch_independent(model, variables, example, call=call)
     layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in rows}
     about = {"versions": _versions(), "statistics": layers}
@@ -149,22 +152,39 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray
     return {path: np.asarray(value.count) for path, value in by_path(moments).items()}
 
 
-def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray]) -> None:
-    """Rows of statistics that run must not be the initial ones; the error names their layers, and which rows."""
+def _check_estimated(
+    variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray], unknown: Sequence[Path]
+) -> None:
+    """Rows of statistics that run must not be the initial ones; the error names their layers, and which rows.
+
+    `unknown` are those of layers of classes that nobody made known.
+    """
     initial: dict[Path, list[str]] = {}
     for row in never_estimated(variables.get("batch_stats", {}), rows, counts):
         initial.setdefault(row.path, []).append(f"[{row.label}]")
-    if initial:
-        places = (
+    if initial or unknown:
+        places = [
             f"'{layer_name(path)}'" + (f" (at {', '.join(labels)})" if len(labels) < len(rows[path]) else "")
             for path, labels in initial.items()
-        )
+        ]
+        others = ", ".join(f"'{layer_name(path)}'" for path in unknown)
         raise ValueError(
             "Every batch-norm layer must have the statistics of data: those of "
-            f"{', '.join(places)} were never estimated, and are the initial ones, mean 0 and variance 1. Estimate "
-            'them, with data of every domain there is: `variables["batch_stats"] = '
-            "flaxbn.estimate_population_stats(model, variables, batches)`."
+            f"{', '.join([*places, *([others] if others else [])])} were never estimated, and are the initial ones, "
+            "mean 0 and variance 1. Estimate them, with data of every domain there is: "
+            '`variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, batches)`.'
+            + (f" The class of {others} is not known to flaxbn. {WAYS_FORWARD}" if others else "")
         )
+
+
+def _unknown_initial(model: nn.Module, variables: Any, example: Any, call: Call | None) -> list[Path]:
+    """What holds initial statistics that reach a prediction, and is no batch-norm layer that is known."""
+    variables = with_wide_statistics(variables)
+    traced = trace(model, variables, example, call, None)
+    others = len(jax.tree.leaves(example))
+    reading = read_layers(traced.program, variables, others)
+    reached = unseen(traced.program, traced.written, variables, others, reading).reached
+    return initial_holders(variables.get("batch_stats", {}), reached)
 
 
 def _exported(

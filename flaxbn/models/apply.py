@@ -8,8 +8,9 @@ import jax
 
 from flaxbn.models.arguments import check_model
 from flaxbn.models.batch_stats import with_wide_statistics
-from flaxbn.models.entries import entries_read
+from flaxbn.models.entries import read_layers
 from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
+from flaxbn.models.unseen import note, one_warning, unseen
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
@@ -53,6 +54,11 @@ def apply(
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
             would normalize by the statistics of a single value per channel.
         TypeError: if `model` is not a `flax.linen.Module`.
+
+    Warns:
+        UserWarning: if a layer of a class that flaxbn does not know takes part, naming what it keeps in `batch_stats`:
+            one that is in training mode or, with "batch", uses what it has stored. `flaxbn.mark` and `flaxbn.recognize`
+            make it known.
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
@@ -66,12 +72,17 @@ def apply(
         restored = [next(given) if is_array(leaf) else leaf for leaf in leaves]
         return call_or_default(call)(module, jax.tree.unflatten(structure, restored))
 
-    program, finish = trace(model, variables, arrays, run, None)
+    traced = trace(model, variables, arrays, run, None)
     switched = set()
-    if statistics == "batch":
-        check_layers(program, model)
-        entries = entries_read(program, variables, len(arrays))
-        switched = {site for site, read in enumerate(entries) if read is not None}
+    with one_warning():
+        if statistics == "batch" or traced.written:
+            reading = read_layers(traced.program, variables, len(arrays))
+            found = unseen(traced.program, traced.written, variables, len(arrays), reading)
+            note(found.written)
+        if statistics == "batch":
+            check_layers(traced.program, model, variables)
+            note(found.reached)
+            switched = {site for site, entries in enumerate(reading.entries) if entries is not None}
 
     def on_tap(tap: Tap) -> Any:
         if tap.site not in switched:
@@ -79,4 +90,4 @@ def apply(
         check_values(tap, tap.x.shape)
         return *batch_statistics(tap, measure_tap(tap, None)), None
 
-    return finish(program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
+    return traced.finish(traced.program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])

@@ -1,6 +1,6 @@
 """The `batch_stats` tree as numbered entries of named layers: which entry a call reads, and where its moments go.
 
-A layer is whatever holds a `mean` and a `var` of one shape, and each channel of each layer has a number of its own.
+A layer is whatever holds a mean and a variance of one shape, and each channel of each layer has a number of its own.
 A call of a layer inside a scan, a vmap or a shared module reads some of these, in any order: run on the numbers in the
 place of the means, a traced model tells which. Moments of calls then merge by number, and come back as a tree.
 """
@@ -17,9 +17,7 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
 from flaxbn.data.placement import put_together
 from flaxbn.layers.names import layer_name, layer_path
-
-Path = tuple[str, ...]
-"""The keys on the way to a layer in `batch_stats`; empty for a model that is a single layer."""
+from flaxbn.models.places import Pair, Path, named_pairs, path_of, places_of
 
 
 class StoredLayers(NamedTuple):
@@ -29,10 +27,12 @@ class StoredLayers(NamedTuple):
         entries: for each layer the numbers of its channels, an int array of the shape of its mean. Numbers start at
             1 and are unique in the tree.
         total: how many numbers there are.
+        places: for each layer the paths of its mean and its variance.
     """
 
     entries: dict[Path, np.ndarray]
     total: int
+    places: dict[Path, Pair]
 
     def layer_of(self, numbers: np.ndarray) -> Path:
         """The layer that holds the least of these numbers."""
@@ -40,38 +40,46 @@ class StoredLayers(NamedTuple):
         return next(path for path, own in self.entries.items() if own.size and own.flat[0] <= least <= own.flat[-1])
 
 
-def stored_layers(batch_stats: Any) -> StoredLayers:
-    """Numbers the channels of all layers, a layer being whatever holds a `mean` and a `var` of one shape.
+def stored_layers(batch_stats: Any, read: Iterable[Pair] = ()) -> StoredLayers:
+    """Numbers the channels of all layers, which hold a mean and a variance of one shape.
+
+    Args:
+        batch_stats: the tree.
+        read: the leaves that layers read as mean and variance, and that nobody would know by their names.
 
     Raises:
         ValueError: if there are 2**23 channels or more. The numbers, and the numbers plus their total, go through
             float32 in the place of means, and float32 tells integers apart below 2**24.
     """
-    shapes = {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
+    shapes = leaf_shapes(batch_stats)
+    places = named_pairs(shapes) | {path_of(pair): pair for pair in read}
     entries, total = {}, 0
-    for names, shape in shapes.items():
-        if names[-1:] == ("mean",) and shapes.get((*names[:-1], "var")) == shape:
-            size = int(np.prod(shape))
-            entries[names[:-1]] = np.arange(total + 1, total + 1 + size).reshape(shape)
-            total += size
+    for path, (mean, _) in places.items():
+        size = int(np.prod(shapes[mean]))
+        entries[path] = np.arange(total + 1, total + 1 + size).reshape(shapes[mean])
+        total += size
     if total >= 2**23:
         raise ValueError(
             f"`batch_stats` must hold fewer than {2**23} channels, to number them in float32: got {total}."
         )
-    return StoredLayers(entries, total)
+    return StoredLayers(entries, total, places)
+
+
+def leaf_shapes(batch_stats: Any) -> dict[Path, tuple[int, ...]]:
+    """The shape of each leaf, by the dictionary keys on its path."""
+    return {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
 
 
 def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """`variables` with the statistics of all layers in float32 or wider, as the tracer computes with them."""
     if "batch_stats" not in variables:
         return variables
-    layers = stored_layers(variables["batch_stats"])
+    statistics = {place for pair in stored_layers(variables["batch_stats"]).places.values() for place in pair}
 
     def wide(path: Any, leaf: Any) -> Any:
         if getattr(leaf, "dtype", None) == np.float32:
             return leaf
-        names = dict_names(path)
-        return leaf.astype(widen(leaf.dtype)) if _is_statistic(names, layers.entries) else leaf
+        return leaf.astype(widen(leaf.dtype)) if dict_names(path) in statistics else leaf
 
     return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(wide, variables["batch_stats"])}
 
@@ -84,7 +92,7 @@ def all_entries(layers: StoredLayers) -> np.ndarray:
 def flat_statistics(batch_stats: Any, layers: StoredLayers) -> tuple[np.ndarray, np.ndarray]:
     """The stored means and variances of all entries: entry n at place n - 1, in host memory, by one transfer."""
     leaves = named_leaves(batch_stats)
-    fields = [[leaves[(*path, name)] for path in layers.entries] for name in ("mean", "var")]
+    fields = [[leaves[pair[i]] for pair in layers.places.values()] for i in range(2)]
     return jax.device_get(_end_to_end(fields))
 
 
@@ -160,25 +168,27 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
     """
     found = by_path(moments)
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    places = [i for i, (path, _) in enumerate(leaves) if _is_statistic(dict_names(path), found)]
+    stored = {dict_names(path): leaf for path, leaf in leaves}
+    _check_places(found, stored, keep_unseen)
+    fields = {
+        name: (getattr(value, field), value.count)
+        for path, value in found.items()
+        for name, field in zip(places_of(path, stored) or (), ("mean", "var"))
+    }
+    places = [i for i, (path, _) in enumerate(leaves) if dict_names(path) in fields]
     names = [dict_names(leaves[i][0]) for i in places]
     old = [leaves[i][1] for i in places]
-    _check_places(found, dict(zip(names, old)), keep_unseen)
-    new = [_replaced(name, leaf, found[name[:-1]]) for name, leaf in zip(names, old)]
+    new = [_replaced(leaf, *fields[name]) for name, leaf in zip(names, old)]
     _check_finite(names, new)
     replaced = dict(zip(places, _placed_as(new, old)))
     return jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
 
-def _is_statistic(names: Path, layers: Mapping[Path, Any]) -> bool:
-    return names[:-1] in layers and names[-1] in ("mean", "var")
-
-
-def _replaced(names: Path, old: Any, moments: Moments) -> np.ndarray:
-    """One leaf: the mean or the variance of `moments` where there is data, what is stored elsewhere."""
+def _replaced(old: Any, new: Any, count: Any) -> np.ndarray:
+    """One leaf: the new mean or variance where there is data, what is stored elsewhere."""
     with np.errstate(over="ignore"):  # `_check_finite` looks at it
-        value = np.asarray(getattr(moments, names[-1])).astype(old.dtype)
-    seen = np.asarray(moments.count) > 0
+        value = np.asarray(new).astype(old.dtype)
+    seen = np.asarray(count) > 0
     return value if seen.all() else np.where(seen, value, old)
 
 
@@ -204,7 +214,8 @@ def _placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]
 def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
     """Each place must be a layer of what is stored, in its shape and of its kind of numbers, and have seen data."""
     for path, value in moments.items():
-        old = stored.get((*path, "mean"))
+        pair = places_of(path, stored)
+        old = None if pair is None else stored[pair[0]]
         if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
             received = f"moments of shape {np.shape(value.mean)}" if is_moments(value) else type(value).__name__
             place = "nothing" if old is None else f"a mean of shape {np.shape(old)}"

@@ -140,7 +140,7 @@ def _stored_moments(
 ) -> tuple[list[str], list[Any]]:
     """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
     variables = with_wide_statistics(variables)
-    program, _ = trace(model, variables, batch, call, None)
+    program = trace(model, variables, batch, call, None).program
 
     def on_tap(tap: Tap) -> Any:
         return tap.mean, tap.var, measure_tap(tap, None).moments

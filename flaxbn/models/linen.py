@@ -7,7 +7,8 @@ and `var'` are while the traced program is interpreted: the stored ones, or thos
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,14 @@ from flaxbn.data.samples import show
 from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
-from flaxbn.tracing.primitive import is_bound, tap_p
+from flaxbn.models.batch_stats import named_leaves
+from flaxbn.models.mark import running_module
+from flaxbn.models.places import Path
+from flaxbn.models.recognized import known_as, recognized_key
+from flaxbn.models.recognized_calls import check_stored, evaluate_recognized, flax_mask, own_all
+from flaxbn.models.unseen import what_is_held
+from flaxbn.tracing.jaxpr import with_outputs
+from flaxbn.tracing.primitive import bind_tap, observing
 from flaxbn.tracing.program import Program
 
 Call = Callable[[Any, Any], Any]
@@ -28,8 +36,8 @@ Call = Callable[[Any, Any], Any]
 
 LAYER_CALLS = {inspect.unwrap(call): call for call in (nn.BatchNorm.__call__, BatchNorm.__call__)}
 DROPOUT_CALL = inspect.unwrap(nn.Dropout.__call__)
-observing = jax.make_user_context(None)
-"""Says during a trace what looks on, so that jax's cache of traced functions does not hand one look to another."""
+SPECTRAL_CALL = inspect.unwrap(nn.SpectralNorm.__call__)
+"""Of a class of Flax that keeps something in `batch_stats`, and is no batch norm."""
 
 
 def call_or_default(call: Call | None) -> Call:
@@ -60,34 +68,64 @@ def evaluate(
         call: `(module, batch) -> output`; by default `module(batch)`.
         rngs: random keys by name, as in `model.apply`.
     """
+    return _applied(model, variables, batch, call, rngs)[0]
+
+
+def _applied(model: nn.Module, variables: Any, batch: Any, call: Call | None, rngs: Any) -> tuple[Any, Any]:
+    """What `call` returns, and the variables afterwards."""
     batch = show(batch)
-    return model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))[0]
+    output, after = model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))
+    return output, after
+
+
+class Traced(NamedTuple):
+    """A traced evaluation.
+
+    Attributes:
+        program: its arguments are the leaves of (variables, batch, rngs), its outputs the arrays that `call` returns.
+        finish: makes of the program's outputs what `call` returns.
+        written: for each leaf of `batch_stats` that is another one after the call, by its path, what it then is, as a
+            variable of the program; where transformations hand all collections through, such leaves may be unchanged.
+    """
+
+    program: Program
+    finish: Callable[[list[Any]], Any]
+    written: dict[Path, Any]
 
 
 def trace(
     model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
-) -> tuple["Program", Callable[[list[Any]], Any]]:
-    """Traces the evaluation of `model` on `batch`: the program, and what makes its outputs those of `call`.
+) -> Traced:
+    """Traces the evaluation of `model` on `batch`.
 
     The arguments may be abstract. The model runs as in `evaluate`, but `nn.Dropout` layers are off.
     """
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
-        with nn.intercept_methods(_interceptor()), observing(True):
-            output = evaluate(model, variables, batch, call, rngs)
+        with nn.intercept_methods(_interceptor()), observing(("trace", recognized_key())):
+            output, after = _applied(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
-        returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves]))
-        return [leaf for leaf in leaves if is_array(leaf)]
+        before = named_leaves(variables.get("batch_stats", {}))
+        stored = named_leaves(after.get("batch_stats", {}))
+        written = {path: leaf for path, leaf in stored.items() if path in before and leaf is not before[path]}
+        returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves], list(written)))
+        return [leaf for leaf in leaves if is_array(leaf)] + list(written.values())
 
     closed = jax.make_jaxpr(forward)(variables, batch, rngs)
-    structure, leaves = returned[0]
+    structure, leaves, written = returned[0]
 
     def finish(arrays: list[Any]) -> Any:
         given = iter(arrays)
         return jax.tree.unflatten(structure, [next(given) if leaf is None else leaf for leaf in leaves])
 
-    return Program(closed.jaxpr, closed.consts), finish
+    outvars = closed.jaxpr.outvars
+    count = len(outvars) - len(written)
+    return Traced(
+        Program(with_outputs(closed.jaxpr, outvars[:count]), closed.consts),
+        finish,
+        dict(zip(written, outvars[count:])),
+    )
 
 
 def running_function(context: nn.module.InterceptorContext) -> Any:
@@ -100,51 +138,59 @@ def _interceptor() -> Callable[..., Any]:
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
-        function = running_function(context)
+        function, layer = running_function(context), context.module
         if function is DROPOUT_CALL:
             return kwargs["inputs"] if "inputs" in kwargs else args[0]
-        if inside or function not in LAYER_CALLS or context.module.is_initializing():
-            return next_call(*args, **kwargs)
-        given = inspect.signature(function).bind(context.module, *args, **kwargs).arguments
+        known = None if inside else _evaluation_of(layer, function)
+        if known is None:
+            with running_module(layer):
+                return next_call(*args, **kwargs)
         inside = True
         try:
-            options = {k: given[k] for k in ("mask", "domain") if given.get(k) is not None}
-            return _evaluate_layer(context.module, LAYER_CALLS[function], given["x"], **options)
+            return known(args, kwargs)
         finally:
             inside = False
 
     return intercept
 
 
+def _evaluation_of(layer: nn.Module, function: Any) -> Callable[[Any, Any], Any] | None:
+    """How a layer evaluates behind a tap, from the arguments of its call; None for one that runs as it is."""
+    said = known_as(type(layer), function)
+    if (said is None and function not in (*LAYER_CALLS, SPECTRAL_CALL)) or layer.is_initializing():
+        return None
+    method, known = said or (None, None)
+    if method is not None and known is not None:
+        return partial(evaluate_recognized, layer, known, method)
+    if said is not None or function is SPECTRAL_CALL:
+        own_all(layer, below=False)
+        return None
+
+    def evaluated(args: Any, kwargs: Any) -> Array:
+        given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
+        options = {k: given[k] for k in ("mask", "domain") if given.get(k) is not None}
+        return _evaluate_layer(layer, LAYER_CALLS[function], given["x"], **options)
+
+    return evaluated
+
+
 def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any = None, domain: Any = None) -> Array:
     """The layer's own evaluation, with the statistics that come out of the tap."""
     x = jnp.asarray(x)
-    name = layer_label(layer)
-    if not layer.has_variable("batch_stats", "mean"):
-        raise ValueError(
-            f"{name} has no stored statistics: `variables` must hold its 'mean' and 'var' in 'batch_stats'. Inside a "
-            "lifted transformation, list 'batch_stats' in its `variable_axes`, `variable_broadcast` or "
-            "`variable_carry`."
-        )
-    stored = {key: nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var")}
+    check_stored(layer, "mean", "var")
+    stored_mean, stored_var = (nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var"))
     features = feature_axes(x.ndim, layer.axis)
-    axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-    others = [] if mask is None else [_mask_weights(function, mask, x, features)]
-    numbers = domain_of(domain, getattr(layer, "num_domains", None), x.shape, features)
-    if numbers is not None:
-        others.append(numbers)
-    groups = layer.axis_index_groups
-    params = {
-        "axes": axes,
-        "layer": name,
-        "lanes": 0,
-        "channel_rank": len(features),
-        "axis_name": layer.axis_name if is_bound(layer.axis_name) else None,
-        "axis_index_groups": None if groups is None else tuple(map(tuple, groups)),
-        "has_weights": mask is not None,
-        "has_domain": numbers is not None,
-    }
-    mean, var = tap_p.bind(x, stored["mean"], stored["var"], *others, **params)
+    mean, var = bind_tap(
+        x,
+        stored_mean,
+        stored_var,
+        features,
+        layer=layer_label(layer),
+        weights=None if mask is None else _mask_weights(function, mask, x, features),
+        domain=domain_of(domain, getattr(layer, "num_domains", None), x.shape, features),
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+    )
     variables = {"params": layer.variables.get("params", {}), "batch_stats": {"mean": mean, "var": var}}
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
     options = {"mask": mask, "domain": domain}
@@ -154,14 +200,13 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
 def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
     if function is BatchNorm.__call__:
         return position_weights(mask, x.shape, features).astype(jnp.float32)
-    mask = jnp.asarray(mask, bool)
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(jnp.float32)
+    return flax_mask(mask, x.ndim)
 
 
-def check_layers(program: Program, model: nn.Module) -> None:
-    """A traced model without batch-norm layers is an error."""
+def check_layers(program: Program, model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """A traced model without batch-norm layers is an error, which lists what else it holds."""
     if not program.tap_inputs():
         raise ValueError(
             f"`model` must run a batch-norm layer (flax.linen.BatchNorm, flaxbn.BatchNorm or flaxbn.BatchRenorm, or a "
-            f"subclass): {type(model).__name__} ran none in `call`."
+            f"subclass): {type(model).__name__} ran none in `call`. {what_is_held(variables)}"
         )

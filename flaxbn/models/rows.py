@@ -12,9 +12,10 @@ import numpy as np
 from flaxbn.data.samples import hide
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import check_model
-from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, with_wide_statistics
-from flaxbn.models.entries import entries_read
+from flaxbn.models.batch_stats import StoredLayers, named_leaves, stored_layers, with_wide_statistics
+from flaxbn.models.entries import candidates_in, read_layers
 from flaxbn.models.linen import Call, trace
+from flaxbn.models.places import Path, places_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +81,12 @@ def rows_of(
         TypeError: if `model` is not a `flax.linen.Module`.
     """
     check_model(model)
-    layers = stored_layers(variables.get("batch_stats", {}))
-    if not layers.entries:
+    batch_stats = variables.get("batch_stats", {})
+    if not stored_layers(batch_stats).entries and not candidates_in(batch_stats):
         return {}
     variables, batch = with_wide_statistics(variables), hide(batch)
-    program, _ = trace(model, variables, batch, call, None)
-    entries = entries_read(program, variables, len(jax.tree.leaves(batch)))
+    program = trace(model, variables, batch, call, None).program
+    layers, entries = read_layers(program, variables, len(jax.tree.leaves(batch)))
     read = [
         np.unique(row)
         for e, rank in zip(entries, program.channel_ranks())
@@ -171,7 +172,7 @@ def never_estimated(batch_stats: Any, rows: RowsByLayer, counts: Mapping[Path, n
     leaves = named_leaves(batch_stats)
 
     def is_initial(row: Row) -> bool:
-        mean, var = row.of([leaves[(*row.path, field)] for field in ("mean", "var")])
+        mean, var = row.of([leaves[place] for place in places_of(row.path, leaves) or ()])
         saw_data = counts is not None and row.path in counts and np.any(row.of(counts[row.path]) > 0)
         return not np.any(mean) and bool(np.all(var == 1)) and not saw_data
 

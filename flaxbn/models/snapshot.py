@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
+from flaxbn.models.recognized import recognized_key
 from flaxbn.tracing.jaxpr import Same
 
 _BUDGET = 2**16  # bytes of a snapshot, which is held for as long as what is compiled
@@ -51,6 +52,8 @@ def snapshot(value: Any) -> Hashable:
     name; other functions by their code, with all that they close over and the globals that they read; and partials.
     Classes that cannot be imported are so by their methods.
 
+    The classes that `recognize` was told of are part of it.
+
     Not seen are attributes of classes, and what importable functions and classes read: globals, and what they close
     over.
 
@@ -61,7 +64,7 @@ def snapshot(value: Any) -> Hashable:
     # Flax has no public way to ask: an interceptor of one's own is called behind all others.
     if nn.module._global_interceptor_stack:
         raise NotFrozenError("an interceptor is active")
-    return _Snapshot().of(value)
+    return recognized_key(), _Snapshot().of(value)
 
 
 class _Snapshot:

@@ -79,6 +79,18 @@ def interpret(
     return [_read(env, v) for v in jaxpr.outvars]
 
 
+def with_outputs(jaxpr: Any, outvars: Sequence[Any]) -> Any:
+    """The same program with other variables of it as its outputs."""
+    return jex.Jaxpr(
+        constvars=jaxpr.constvars,
+        invars=jaxpr.invars,
+        outvars=list(outvars),
+        eqns=jaxpr.eqns,
+        effects=jaxpr.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+
+
 def evaluate(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
     """The outputs of one equation on `values`, one for each of its `invars`.
 

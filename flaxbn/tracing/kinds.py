@@ -1,6 +1,6 @@
 """What an equation of a traced program is: how it is run, and whether taps lie inside."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flaxbn.tracing.jaxpr import opened, subjaxprs
@@ -50,6 +50,24 @@ def can_be_opened(eqn: Any) -> bool:
 def is_open(eqn: Any) -> bool:
     """Whether the program inside an equation can stand for it, where no gradient is taken."""
     return _KINDS.get(eqn.primitive.name) in ("inline", "custom")
+
+
+def scan_operands(eqn: Any, inner: Any, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions.
+
+    A scanned operand has an axis more than what a step takes of it, and an output that is stacked one more than what a
+    step returns.
+
+    Args:
+        eqn: the scan.
+        inner: the program of a step, without its constants.
+        values: what the scan is given.
+    """
+    carries = sum(out.aval.ndim == v.aval.ndim for out, v in zip(eqn.outvars, inner.outvars))
+    scanned = sum(v.aval.ndim > i.aval.ndim for v, i in zip(eqn.invars, inner.invars))
+    begin = len(values) - scanned - carries
+    values = list(values)
+    return values[:begin], values[begin : begin + carries], values[begin + carries :]
 
 
 def tap_equations(jaxpr: Any) -> Iterator[Any]:

@@ -26,8 +26,8 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
-def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """What reaches the `mean` of each tap where only some arguments are known.
+def read_by_taps(program: Program, args: Sequence[Any], operand: int = 1) -> tuple[list[Any], list[Any]]:
+    """What reaches the `mean` of each tap, or another operand, where only some arguments are known.
 
     Computes what the known arguments determine and nothing else, one output of an equation by itself: Flax hands all
     collections through the `jit` or `remat` of a method, a layer's statistics too where the layer is not inside. All
@@ -36,19 +36,20 @@ def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list
     Args:
         program: the program; those of its constants that are traced are unknown.
         args: its arguments, arrays or `UNKNOWN`.
+        operand: which one of a tap; 1 is the mean, 2 the variance.
 
     Returns:
-        The outputs and the means, or `UNKNOWN`, stacked as the records of `Program.run` are.
+        The outputs and the operands, or `UNKNOWN`, stacked as the records of `Program.run` are.
     """
-    means: list[Any] = []
+    read: list[Any] = []
 
     def step(eqn: Any, values: list[Any]) -> Sequence[Any]:
         unknown = sum(v is UNKNOWN for v in values)
         if eqn.primitive is tap_p:
-            means.append(values[1])
+            read.append(values[operand])
         elif has_tap(eqn) or (can_be_opened(eqn) and 0 < unknown < len(values)):
-            outputs, found = _read_inside(program, eqn, values)
-            means.extend(found)
+            outputs, found = _read_inside(program, eqn, values, operand)
+            read.extend(found)
             return outputs
         elif eqn.primitive.name in _TYPE_CHANGES:
             return values
@@ -57,25 +58,25 @@ def read_by_taps(program: Program, args: Sequence[Any]) -> tuple[list[Any], list
         return [UNKNOWN] * len(eqn.outvars)
 
     consts = [UNKNOWN if isinstance(c, jax.core.Tracer) else c for c in program.consts]
-    return interpret(program.jaxpr, consts, args, step), means
+    return interpret(program.jaxpr, consts, args, step), read
 
 
-def _read_inside(program: Program, eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The outputs of an equation with taps inside, and the means that reach these."""
+def _read_inside(program: Program, eqn: Any, values: list[Any], operand: int) -> tuple[list[Any], list[Any]]:
+    """The outputs of an equation with taps inside, and the operands of these."""
     programs = program.inner(eqn)
     kind = kind_of(eqn)
     if kind == "cond":
-        return _read_cond(programs, values)
+        return _read_cond(programs, values, operand)
     if kind == "scan":
-        return _read_scan(eqn, programs[0], values)
-    return read_by_taps(programs[0], values)
+        return _read_scan(eqn, programs[0], values, operand)
+    return read_by_taps(programs[0], values, operand)
 
 
-def _read_cond(programs: list[Program], values: list[Any]) -> tuple[list[Any], list[Any]]:
+def _read_cond(programs: list[Program], values: list[Any], operand: int) -> tuple[list[Any], list[Any]]:
     """All branches, one after the other, as records of a `cond` are; what decides between them need not be known."""
     _, *operands = values
-    outputs, means = zip(*(read_by_taps(p, operands) for p in programs))
-    return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(means)]
+    outputs, read = zip(*(read_by_taps(p, operands, operand) for p in programs))
+    return [_agreed(values) for values in zip(*outputs)], [*chain.from_iterable(read)]
 
 
 def _agreed(values: Sequence[Any]) -> Any:
@@ -85,12 +86,12 @@ def _agreed(values: Sequence[Any]) -> Any:
     return values[0] if all(np.array_equal(values[0], v) for v in values[1:]) else UNKNOWN
 
 
-def _read_scan(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any]]:
+def _read_scan(eqn: Any, program: Program, values: list[Any], operand: int) -> tuple[list[Any], list[Any]]:
     """Each step for itself, since each may read entries of its own, of which some may be unknown."""
 
     def run(values: list[Any]) -> list[Any]:
-        outputs, means = read_by_taps(program, values)
-        return [*outputs, *means]
+        outputs, read = read_by_taps(program, values, operand)
+        return [*outputs, *read]
 
     carry, others = run_steps(eqn, program, values, lambda x, i: x if x is UNKNOWN else x[i], run)
     stacked = [_stacked(column) for column in zip(*others)]

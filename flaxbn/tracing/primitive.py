@@ -58,6 +58,15 @@ OnTap = Callable[[Tap], tuple[Array, Array, Any]]
 
 tap_p = jex.Primitive("batch_norm_statistics")
 tap_p.multiple_results = True
+owned_p = jex.Primitive("owned_by_a_known_layer")
+"""Says of its operand, which goes through as it is, that a layer holds it whose use of it is known."""
+observing = jax.make_user_context(None)
+"""Says during a trace what looks on, so that jax's cache of traced functions does not hand one look to another."""
+
+
+def is_looking() -> bool:
+    """Whether a model is being traced whose statistics are to be chosen: who looks says so by a tuple."""
+    return isinstance(observing.value, tuple)
 
 
 def is_bound(axis_name: Any) -> bool:
@@ -68,6 +77,48 @@ def is_bound(axis_name: Any) -> bool:
         return False
 
 
+def bind_tap(
+    x: Array,
+    mean: Array,
+    var: Array,
+    features: tuple[int, ...],
+    *,
+    layer: str,
+    weights: Array | None = None,
+    domain: Array | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+) -> tuple[Array, Array]:
+    """Puts a tap between stored statistics and the evaluation of a layer.
+
+    Args:
+        x: the layer's input.
+        mean: the stored mean, of the shape of the feature axes of `x`, behind an axis of domains where there are some.
+        var: the stored variance.
+        features: the feature axes of `x`; over all others the layer reduces.
+        layer: its class and path.
+        weights: its mask as weights of the rank of `x`.
+        domain: the domain number of `x`, or of each example.
+        axis_name: what it synchronizes over; nothing where no transformation that is under way maps that axis.
+        axis_index_groups: within which groups.
+
+    Returns:
+        The statistics to evaluate by.
+    """
+    mean, var = tap_p.bind(
+        *(a for a in (x, mean, var, weights, domain) if a is not None),
+        axes=tuple(axis for axis in range(x.ndim) if axis not in features),
+        layer=layer,
+        lanes=0,
+        channel_rank=len(features),
+        axis_name=axis_name if is_bound(axis_name) else None,
+        axis_index_groups=None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
+        has_weights=weights is not None,
+        has_domain=domain is not None,
+    )
+    return mean, var
+
+
 def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
     """The operands and parameters of one equation of the primitive, by name.
 
@@ -75,20 +126,11 @@ def as_tap(params: Mapping[str, Any], values: Sequence[Any], site: int) -> Tap:
         params: the equation's parameters.
         values: its operands.
         site: the number of the call.
-
-    Raises:
-        ValueError: if the layer synchronizes over an axis that is not mapped where the program is interpreted.
     """
     x, mean, var, *others = values
     weights = others.pop(0) if params["has_weights"] else None
     domain = others.pop(0) if params["has_domain"] else None
-    axis_name = params["axis_name"]
-    if axis_name is not None and not is_bound(axis_name):
-        raise ValueError(
-            f"{params['layer']} synchronizes over the axis {axis_name!r} of a transformation inside the model, which "
-            "statistics chosen from outside cannot follow. Map the model over that axis from outside."
-        )
-    groups = params["axis_index_groups"]
+    axis_name, groups = params["axis_name"], params["axis_index_groups"]
     return Tap(x, mean, var, weights, domain, params["axes"], params["lanes"], axis_name, groups, site, params["layer"])
 
 
@@ -124,13 +166,40 @@ def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     )
 
 
-def _tap_batch(args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
-    """Under vmap: lanes with statistics of their own are channels; lanes that share theirs are positions to reduce."""
-    size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
+def _tap_batch(axis: Any, args: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
+    """Under vmap: lanes with statistics of their own are channels; lanes that share theirs are positions to reduce.
+
+    So are lanes over which the layer synchronizes, in whose statistics all lanes then take part.
+    """
+    outside = _without(axis.name, params)
+    synchronized = outside != params
+    if all(d is None for d in dims):
+        return tap_p.bind(*args, **outside), [None, None]
     _, mean_dim, var_dim, *_ = dims
     if mean_dim is None and var_dim is None:
-        return _batch_shared(args, dims, size, params), [None, None]
-    return _batch_own(args, dims, size, params), [0, 0]
+        return _batch_shared(args, dims, axis.size, outside), [None, None]
+    if synchronized:  # each lane sees the input of all
+        args, dims, outside = _shared_among(args, dims, axis.size, outside)
+    return _batch_own(args, dims, axis.size, outside), [0, 0]
+
+
+def _without(axis_name: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a tap outside of a vmap over this axis, over which the layer then synchronizes no more.
+
+    Raises:
+        ValueError: if it synchronizes within groups of its lanes.
+    """
+    names = params["axis_name"]
+    names = names if isinstance(names, tuple) else (names,)
+    if axis_name is None or axis_name not in names:
+        return params
+    if params["axis_index_groups"] is not None:
+        raise ValueError(
+            f"{params['layer']} synchronizes within groups of the axis {axis_name!r}, which the model maps itself: "
+            "statistics chosen from outside can be those of all its lanes only. Leave `axis_index_groups` out, or map "
+            "the model over that axis from outside."
+        )
+    return params | {"axis_name": tuple(name for name in names if name != axis_name) or None}
 
 
 def _batch_own(args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]) -> Any:
@@ -147,27 +216,40 @@ def _batch_own(args: Sequence[Array], dims: Sequence[int | None], size: int, par
 
 
 def _batch_shared(args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]) -> Any:
-    """Lanes that share statistics are positions, behind lanes that do not: more examples, or one more axis to reduce.
+    """Lanes that share statistics."""
+    args, _, params = _shared_among(args, dims, size, params)
+    return tap_p.bind(*args, **params)
+
+
+def _shared_among(
+    args: Sequence[Array], dims: Sequence[int | None], size: int, params: dict[str, Any]
+) -> tuple[list[Array], list[int | None], dict[str, Any]]:
+    """Lanes as positions, behind lanes that have statistics of their own: more examples, or one more axis to reduce.
 
     They are examples where each example has a domain number, which only the leading axis may have. A number for the
     whole input may vary by lane: then the new axis, which leads, becomes that of examples.
+
+    Returns:
+        The operands, where the lanes of each are now (only those of the statistics are as they were), and the
+        parameters.
     """
     x, mean, var, *others = args
-    x_dim, _, _, *other_dims = dims
+    x_dim, mean_dim, var_dim, *other_dims = dims
     place = params["lanes"]
 
     def with_lanes(a: Array, d: int | None) -> Array:
         return _with_lanes(a, d, size, place)
 
+    kept: list[int | None] = [None, mean_dim, var_dim, *[None] * len(others)]
     if params["has_domain"] and _rank(others[-1], other_dims[-1]) > place:
         lanes = [with_lanes(a, d) for a, d in zip((x, *others), (x_dim, *other_dims))]
         x, *others = _among_examples(lanes, place)
-        return tap_p.bind(x, mean, var, *others, **params)
+        return [x, mean, var, *others], kept, params
     one_domain = params["has_domain"] and other_dims[-1] is None  # it stays the number of the whole input
     moving = len(others) - one_domain
     moved = [with_lanes(a, d) for a, d in zip(others[:moving], other_dims)]
     params = params | {"axes": (0, *_moved(params["axes"]))}
-    return tap_p.bind(with_lanes(x, x_dim), mean, var, *moved, *others[moving:], **params)
+    return [with_lanes(x, x_dim), mean, var, *moved, *others[moving:]], kept, params
 
 
 def _rank(a: Array, dim: int | None) -> int:
@@ -197,4 +279,10 @@ def _among_examples(operands: list[Array], place: int) -> list[Array]:
 tap_p.def_impl(_tap_value)
 mlir.register_lowering(tap_p, mlir.lower_fun(_tap_value, multiple_results=True))
 ad.primitive_jvps[tap_p] = _tap_jvp
-batching.primitive_batchers[tap_p] = _tap_batch
+batching.fancy_primitive_batchers[tap_p] = _tap_batch
+
+owned_p.def_impl(lambda x: x)
+owned_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(owned_p, lambda context, x: [x])
+ad.deflinear2(owned_p, lambda cotangent, x: [cotangent])
+batching.defvectorized(owned_p)

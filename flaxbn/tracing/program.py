@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.tracing.jaxpr import as_function, interpret, is_variable, opened, subjaxprs
-from flaxbn.tracing.kinds import has_tap, kind_of, tap_equations
+from flaxbn.tracing.kinds import has_tap, kind_of, scan_operands, tap_equations
 from flaxbn.tracing.primitive import OnTap, as_tap, tap_p
 
 
@@ -164,7 +164,7 @@ def _run_cond(programs: list[Program], values: list[Any], on_tap: OnTap, site: i
 
 def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site: int) -> tuple[list[Any], list[Any]]:
     """A scan that stays one, and stacks the records of its steps like its other outputs."""
-    consts, carry, xs = scan_operands(eqn, program, values)
+    consts, carry, xs = scan_operands(eqn, program.jaxpr, values)
 
     def body(carry: list[Any], xs: list[Any]) -> Any:
         outputs, records = program.run([*consts, *carry, *xs], on_tap, site)
@@ -173,19 +173,6 @@ def _run_scan(eqn: Any, program: Program, values: list[Any], on_tap: OnTap, site
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     carry, (ys, records) = jax.lax.scan(body, carry, xs, length=length, reverse=reverse, unroll=eqn.params["unroll"])
     return [*carry, *ys], records
-
-
-def scan_operands(eqn: Any, program: Program, values: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions.
-
-    A scanned operand has an axis more than what a step takes of it, and an output that is stacked one more than what a
-    step returns.
-    """
-    inner = program.jaxpr
-    carries = sum(out.aval.ndim == v.aval.ndim for out, v in zip(eqn.outvars, inner.outvars))
-    scanned = sum(v.aval.ndim > i.aval.ndim for v, i in zip(eqn.invars, inner.invars))
-    begin = len(values) - scanned - carries
-    return values[:begin], values[begin : begin + carries], values[begin + carries :]
 
 
 def run_steps(
@@ -207,7 +194,7 @@ def run_steps(
     Returns:
         The carries after the last step, and for each step, in the order of the scanned operands, its other outputs.
     """
-    consts, carry, xs = scan_operands(eqn, program, values)
+    consts, carry, xs = scan_operands(eqn, program.jaxpr, values)
     steps = range(eqn.params["length"])
     others: dict[int, list[Any]] = {}
     for i in reversed(steps) if eqn.params["reverse"] else steps:

@@ -167,18 +167,6 @@ def test_under_shard_map(devices, checked, statistics, synchronized):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_axis_inside_the_model_is_an_error():
-    class SynchronizedLanes(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            lanes = nn.vmap(flaxbn.BatchNorm, variable_axes={"batch_stats": 0}, axis_name="lanes")
-            return lanes(use_running_average=True, use_scale=False, use_bias=False, axis_name="lanes")(x)
-
-    model, x = SynchronizedLanes(), X.reshape(3, 4, 5)
-    with pytest.raises(ValueError, match=r"synchronizes over the axis 'lanes' of a transformation inside the model"):
-        with_batch(model.init(jax.random.key(0), x), x, model)
-
-
 def test_another_model_inside_call_keeps_its_statistics():
     teacher_variables = jax.tree.map(lambda a: a + 2, VARIABLES)
 

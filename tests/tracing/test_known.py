@@ -37,7 +37,7 @@ class TwoBranches(nn.Module):
 def means(model, known):
     x = jnp.ones((4, 2))
     variables = model.init(jax.random.key(0), x)
-    program, _ = trace(model, variables, x, lambda m, x: m(x), None)
+    program = trace(model, variables, x, lambda m, x: m(x), None).program
     leaves, structure = jax.tree.flatten(variables)
     numbered = jax.tree.unflatten(structure, [np.arange(a.size, dtype=a.dtype).reshape(a.shape) for a in leaves])
     args = [

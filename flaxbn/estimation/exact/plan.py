@@ -21,9 +21,10 @@ from flaxbn.estimation.exact.pieces import in_pieces
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.exact.stage import Batch
-from flaxbn.estimation.request import Request, request
+from flaxbn.estimation.request import Request, has_other_names, request
 from flaxbn.layers.names import layer_name
 from flaxbn.models.linen import Call
+from flaxbn.models.unseen import one_warning
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,9 @@ def plan(
         ValueError: if the model has no batch-norm layer, or one inside a `while` loop, inside a `cond` that data or
             variables decide, or inside `shard_map`; more than 512 calls; with weights, an unknown batch axis.
 
+    Warns:
+        UserWarning: if a layer of a class that flaxbn does not know takes part, as the estimate does.
+
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> norm = nn.BatchNorm(use_running_average=True)
@@ -176,9 +180,11 @@ def plan(
         [('layers_0', 1600, False), ('layers_2', 0, True)]
     """
     check_limit(memory_limit, "exact")
-    asked = request(model, variables, call=call, sample_weight=sample_weight, only=only, sharding=sharding, rngs=rngs)
+    options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "sharding": sharding}
     data = open_batches(batches, batch_size, num_samples)
-    with own_mesh(asked.options.sharding, by_device=asked.options.by_device):
+    first = data.shapes()[0] if has_other_names(variables) else None
+    asked = request(model, variables, rngs=rngs, first=first, **options)
+    with one_warning(), own_mesh(asked.options.sharding, by_device=asked.options.by_device):
         shapes = (in_pieces(asked, data) if isinstance(data, Arrays) else data).shapes()
         return plan_batches(asked, prepare_batches(asked, [Source(s, _unread) for s in shapes]), memory_limit)
 

@@ -183,7 +183,7 @@ def _reads_size(asked: Request, batch: Batch) -> bool:
         one_more = abstract(batch.read(), 1 + (segments.calls.samples or 0))
         shapes = shapes_of(asked.variables, one_more, asked.rngs, present=None)
         try:
-            longer = traced(asked.options, shapes.abstract(), unroll)
+            _, longer = traced(asked.options, shapes.abstract(), unroll)
         except Exception:  # whatever the model raises: what tries parts of the batch will tell
             segments.reads_size = True
             return True
