@@ -10,12 +10,12 @@ For batches of one domain each; where a batch mixes domains, use a layer with `n
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
+from flaxbn.models.arguments import Model, with_batch_stats
 
 StatsByDomain = Mapping[str, Any]
 """For each name of a domain a `batch_stats` tree."""
@@ -49,7 +49,7 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: jax.tree.map(jnp.array, batch_stats) for name in names}
 
 
-def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> dict[str, Any]:
+def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> Any:
     """`variables` with the statistics of one domain, for `model.apply`.
 
     Examples:
@@ -68,11 +68,11 @@ def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: s
     """
     if name not in stats_by_domain:
         raise KeyError(f"`name` must be a known domain: got {name!r}. Known are {sorted(stats_by_domain)}.")
-    return {**variables, "batch_stats": stats_by_domain[name]}
+    return with_batch_stats(variables, stats_by_domain[name])
 
 
 def estimate(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches_by_domain: Mapping[str, Any],
     **options: Any,

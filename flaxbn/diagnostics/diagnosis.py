@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 from jaxtyping import Array
 
 from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
@@ -18,7 +17,7 @@ from flaxbn.diagnostics.findings import Finding
 from flaxbn.diagnostics.loss_gap import Gap
 from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.linen import Call
 
 RULES = (not_finite_loss, never_estimated, mixed_domains, lagging_average, alike_batches, small_batches)
@@ -60,7 +59,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     loss_fn: Callable[[Any, Any], Array],
@@ -113,7 +112,7 @@ are too few to say that their order did it |
         [('never estimated', '(the model itself)')]
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables with the statistics to be looked at; read only.
         batches: training data in the order of training. With `batch_size` a pytree of arrays, of which so many
             consecutive samples are normalized together; without, an iterable of batches of one size, each normalized
@@ -132,9 +131,10 @@ are too few to say that their order did it |
 
     Raises:
         ValueError: if there are fewer than two batches, or of several sizes; or an argument does not fit, as in `gap`.
-        TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`
+            does not fit `batch_size`.
     """
-    check_model(model)
+    model, variables = open_model(model, variables)
     subject = Subject.of(
         model, variables, batches, call=call, only=only, batch_size=batch_size, num_batches=num_batches
     )

@@ -23,6 +23,7 @@ from flaxbn.diagnostics.noise import BatchNoise, noise_among
 from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
 from flaxbn.layers.linen import BatchRenorm
+from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import Path
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
@@ -53,7 +54,7 @@ class Subject:
         example: a batch of at least eight samples, if there are as many, to look at outputs with.
     """
 
-    model: nn.Module
+    model: Model
     variables: Mapping[str, Any]
     call: Call | None
     only: Callable[[str], bool] | None
@@ -65,7 +66,7 @@ class Subject:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: Model,
         variables: Mapping[str, Any],
         batches: Any,
         *,
@@ -232,6 +233,9 @@ def _renormalized(subject: Subject) -> frozenset[str]:
             paths.add(context.module.path)
         return method(*args, **kwargs)
 
-    with nn.intercept_methods(note):
-        trace(subject.model, subject.variables, subject.batches[0], subject.call, None)
+    if is_opened_nnx(subject.model):
+        paths = subject.model.renormalizing(subject.variables)
+    else:
+        with nn.intercept_methods(note):
+            trace(subject.model, subject.variables, subject.batches[0], subject.call, None)
     return frozenset(row.name for path in paths for row in subject.rows.get(path, ()))

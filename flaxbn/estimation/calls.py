@@ -13,7 +13,7 @@ from flaxbn.data.batches import count_samples
 from flaxbn.data.placement import place
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
-from flaxbn.models.entries import entries_read
+from flaxbn.models.entries import check_own_layers, entries_read
 from flaxbn.models.linen import check_layers, trace
 from flaxbn.tracing.closed import as_arguments, with_own_constants
 from flaxbn.tracing.jaxpr import structure
@@ -109,6 +109,7 @@ def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerC
     arguments = variables, batch, rngs = shapes.abstract()
     program = traced(arguments)
     entries = entries_read(program, variables, len(jax.tree.leaves((batch, rngs))))
+    check_own_layers(options.model, program, entries)
     layers = stored_layers(variables["batch_stats"])
     wanted = np.concatenate([np.ravel(layers.entries[path]) for path in options.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}

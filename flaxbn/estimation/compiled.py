@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.models.arguments import Model
 from flaxbn.models.batch_stats import Path
 from flaxbn.models.linen import Call
 
@@ -22,7 +22,7 @@ class Layout(NamedTuple):
 class PassOptions(NamedTuple):
     """What a compiled pass depends on, besides shapes."""
 
-    model: nn.Module
+    model: Model
     call: Call | None
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[Path]

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +16,13 @@ from flaxbn.data.placement import by_step, padding, placed, shards, split_axes
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import Ahead, batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
+from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.layer_moments import Pending, checked_tree, fetched, merge_steps, merged_by_layer, pack
 from flaxbn.estimation.request import Request, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.estimation.threads import cores_for, side_by_side
+from flaxbn.models.arguments import Model
 from flaxbn.models.linen import Call
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
@@ -75,7 +76,7 @@ class Pass:
 
     def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
         weights = self.calls.sample_weights(closed, batch, present)
-        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
+        rngs = fold_in(rngs, step)
         leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
         on_tap = functools.partial(self._on_tap, count_samples(batch), weights)
         _, records = self.calls.program.run(leaves, on_tap)
@@ -98,7 +99,7 @@ class Pass:
         axes = split_axes(sharding)
 
         def on_device(closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Moments]:
-            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
+            rngs = fold_in(rngs, jax.lax.axis_index(axes))
             moments = self._moments(closed, variables, rngs, batch, present, step)
             return jax.tree.map(lambda a: a[None], moments)
 
@@ -259,7 +260,7 @@ def _run_stream(asked: Request, data: Stream) -> list[Pending]:
 
 
 def batch_moments(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.placement import on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import PassOptions
+from flaxbn.estimation.keys import fold_in
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.arguments import Model, check_concrete, model_name, open_model, random_keys
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.linen import Call
 
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 def request(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     *,
     call: Call | None,
@@ -46,7 +46,7 @@ def request(
     normalization_batch: str = "global",
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie."""
-    check_model(model)
+    model, variables = open_model(model, variables)
     _check_batch_stats(variables)
     check_concrete("variables", variables)
     check_concrete("rngs", rngs)
@@ -63,9 +63,9 @@ def request(
         by_device=by_device,
         tracing=tracing_options(),
     )
-    arrays, keys = on_device((dict(variables), dict(rngs or {})))
+    arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
     if jax.process_count() > 1:
-        keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
+        keys = fold_in(keys, jax.process_index())
     arrays = dict(with_wide_statistics(arrays))
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
@@ -100,11 +100,10 @@ def tracing_options() -> tuple[Any, ...]:
     return tuple(getattr(jax.config, name) for name in names)
 
 
-def _wanted_layers(layers: StoredLayers, only: Callable[[str], bool] | None, model: nn.Module) -> StoredLayers:
+def _wanted_layers(layers: StoredLayers, only: Callable[[str], bool] | None, model: Model) -> StoredLayers:
     if not layers.entries:
         raise ValueError(
-            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has "
-            "none."
+            f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_name(model)} has none."
         )
     wanted = select(layers, only)
     if not wanted.entries:

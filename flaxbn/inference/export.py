@@ -11,7 +11,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from flaxbn.data.batches import count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
-from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model
 from flaxbn.models.batch_stats import Path, by_path, named_leaves, replace_statistics
 from flaxbn.models.evaluation_mode import check_evaluation
 from flaxbn.models.independence import assert_batch_independent
@@ -27,10 +26,19 @@ from flaxbn.models.linen import Call, evaluate
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PUT = {
+    False: 'variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])',
+    True: "nnx.update(model, flaxbn.to_batch_stats(moments, nnx.state(model, nnx.BatchStat)))",
+}
+_ESTIMATE = {
+    False: 'variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, batches)',
+    True: "nnx.update(model, flaxbn.estimate_population_stats(*nnx.split(model), batches))",
+}
+"""What messages tell to do, for models of Linen, and for those of nnx."""
 
 
 def export_inference(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     example: Any,
     path: str | os.PathLike[str],
@@ -81,7 +89,7 @@ def export_inference(
         TypeError: if `model` is not a `flax.linen.Module`, or arguments are traced.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
-    check_model(model)
+    model, variables = open_model(model, variables, evaluates=False)
     check_concrete("variables", variables)
     check_concrete("example", example)
     _check_platforms(platforms)
@@ -94,9 +102,9 @@ def export_inference(
         )
     variables, example = jax.device_get(dict(variables)), jax.tree.map(jnp.asarray, example)
     check_evaluation(model, variables, example, call)
-    counts = _counts(variables, moments)
+    counts = _counts(model, variables, moments)
     rows = rows_of(model, variables, example, call=call)
-    _check_estimated(variables, rows, counts)
+    _check_estimated(model, variables, rows, counts)
     assert_batch_independent(model, variables, example, call=call)
     layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in rows}
     about = {"versions": _versions(), "statistics": layers}
@@ -128,7 +136,7 @@ def _check_containers(name: str, structure: Any) -> None:
         _check_containers(name, child)
 
 
-def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray]:
+def _counts(model: Model, variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray]:
     """The count of each layer in `moments`, which must be those that are stored.
 
     Otherwise the file would tell of data that its statistics are not from. They are compared as `to_batch_stats` stores
@@ -143,13 +151,12 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray
         names = ", ".join(f"'{layer_name(path)}'" for path in sorted(differing))
         raise ValueError(
             f"`moments` must be those behind the statistics in `variables`: they are not in {names}. Put them there: "
-            '`variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])`; or leave `moments` '
-            "out."
+            f"`{_PUT[is_opened_nnx(model)]}`; or leave `moments` out."
         )
     return {path: np.asarray(value.count) for path, value in by_path(moments).items()}
 
 
-def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray]) -> None:
+def _check_estimated(model: Model, variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray]) -> None:
     """Rows of statistics that run must not be the initial ones; the error names their layers, and which rows."""
     initial: dict[Path, list[str]] = {}
     for row in never_estimated(variables.get("batch_stats", {}), rows, counts):
@@ -162,13 +169,12 @@ def _check_estimated(variables: Any, rows: RowsByLayer, counts: Mapping[Path, np
         raise ValueError(
             "Every batch-norm layer must have the statistics of data: those of "
             f"{', '.join(places)} were never estimated, and are the initial ones, mean 0 and variance 1. Estimate "
-            'them, with data of every domain there is: `variables["batch_stats"] = '
-            "flaxbn.estimate_population_stats(model, variables, batches)`."
+            f"them, with data of every domain there is: `{_ESTIMATE[is_opened_nnx(model)]}`."
         )
 
 
 def _exported(
-    model: nn.Module, variables: Any, example: Any, call: Call | None, platforms: Sequence[str]
+    model: Model, variables: Any, example: Any, call: Call | None, platforms: Sequence[str]
 ) -> jax.export.Exported:
     """The module of `call` with the weights inside, for any number of examples."""
     (size,) = jax.export.symbolic_shape("batch")

@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.batch_stats import with_wide_statistics
-from flaxbn.models.entries import entries_read
+from flaxbn.models.entries import check_own_layers, entries_read
 from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
 
 def apply(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batch: Any,
     *,
@@ -25,9 +24,9 @@ def apply(
     """Evaluates any Flax model with the batch-norm statistics of your choice.
 
     With `statistics="batch"` every batch-norm layer, `flax.linen.BatchNorm` included, normalizes by the mean and
-    variance of its own input, as in training, while all else is evaluation: `nn.Dropout` is off, nothing is mutable and
-    nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
-    `jax.grad` and `jax.vmap`.
+    variance of its own input, as in training, while all else is evaluation: dropout layers are off, nothing is mutable
+    and nothing is updated. This validates a model whose running average lags, or was never updated. Works under
+    `jax.jit`, `jax.grad` and `jax.vmap`.
 
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
@@ -40,7 +39,7 @@ def apply(
         [[1.0], [3.0]]
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables, `batch_stats` included; read only.
         batch: what `call` takes.
         statistics: "running" for the stored statistics, "batch" for those of the batch.
@@ -52,11 +51,11 @@ def apply(
     Raises:
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
             would normalize by the statistics of a single value per channel.
-        TypeError: if `model` is not a `flax.linen.Module`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
-    check_model(model)
+    model, variables = open_model(model, variables)
     variables = with_wide_statistics(variables)
     leaves, structure = jax.tree.flatten(batch)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
@@ -71,6 +70,7 @@ def apply(
     if statistics == "batch":
         check_layers(program, model)
         entries = entries_read(program, variables, len(arrays))
+        check_own_layers(model, program, entries)
         switched = {site for site, read in enumerate(entries) if read is not None}
 
     def on_tap(tap: Tap) -> Any:

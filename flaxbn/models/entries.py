@@ -1,11 +1,12 @@
 """Which stored entries each call of a layer reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import dict_names, stored_layers
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
 from flaxbn.tracing.program import Program
@@ -31,6 +32,19 @@ def entries_read(program: Program, variables: Mapping[str, Any], other_leaves: i
             return read_by_taps(program, leaves + [UNKNOWN] * other_leaves)[1]
 
     return [_entries(*pair, layers.total) for pair in zip(means(0), means(layers.total))]
+
+
+def check_own_layers(model: Model, program: Program, entries: Sequence[np.ndarray | None]) -> None:
+    """For an nnx model, whose modules run by themselves, a `call` that runs another one from outside is an error.
+
+    Raises:
+        ValueError: if there are layers, and none of them reads stored entries.
+    """
+    if is_opened_nnx(model) and entries and all(read is None for read in entries):
+        raise ValueError(
+            f"`call` must use the model that it is given: {program.layer_names()[0]}, which it runs, is no layer of "
+            "that. Its first argument is a copy of the model: `call=lambda m, b: m(b)`, and not a model from outside."
+        )
 
 
 def _entries(mean: Any, shifted: Any, total: int) -> np.ndarray | None:

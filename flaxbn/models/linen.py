@@ -1,4 +1,4 @@
-"""Any Flax model as a program whose batch-norm statistics are chosen from outside.
+"""Any Flax model, of Linen or nnx, as a program whose batch-norm statistics are chosen from outside.
 
 The model's evaluation is traced once. Where a batch-norm layer runs, a primitive `(x, mean, var) -> (mean', var')`
 stands between the stored statistics and the layer's own evaluation code. A reader (`OnTap`) then decides what `mean'`
@@ -16,10 +16,12 @@ import numpy as np
 from flax.core import DenyList
 from jaxtyping import Array
 
-from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
-from flaxbn.tracing.primitive import is_bound, tap_p
+from flaxbn.models.arguments import Model, model_name
+from flaxbn.models.nnx_calls import intercept_nnx
+from flaxbn.models.nnx_layers import evaluate_nnx_layer
+from flaxbn.models.taps import chosen_statistics
 from flaxbn.tracing.program import Program
 
 Call = Callable[[Any, Any], Any]
@@ -41,7 +43,7 @@ def _call_directly(module: Any, batch: Any) -> Any:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batch: Any,
     call: Call | None,
@@ -63,16 +65,16 @@ def evaluate(
 
 
 def trace(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
+    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
 ) -> tuple["Program", Callable[[list[Any]], Any]]:
     """Traces the evaluation of `model` on `batch`: the program, and what makes its outputs those of `call`.
 
-    The arguments may be abstract. The model runs as in `evaluate`, but `nn.Dropout` layers are off.
+    The arguments may be abstract. The model runs as in `evaluate`, but dropout layers are off.
     """
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
-        with nn.intercept_methods(_interceptor()), observing(True):
+        with nn.intercept_methods(_interceptor()), intercept_nnx(evaluate_nnx_layer), observing(True):
             output = evaluate(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
         returned.append((structure, [None if is_array(leaf) else leaf for leaf in leaves]))
@@ -130,41 +132,18 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
             "`variable_carry`."
         )
     stored = {key: nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var")}
-    features = feature_axes(x.ndim, layer.axis)
-    axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-    others = [] if mask is None else [_mask_weights(function, mask, x, features)]
-    numbers = domain_of(domain, getattr(layer, "num_domains", None), x.shape, features)
-    if numbers is not None:
-        others.append(numbers)
-    groups = layer.axis_index_groups
-    params = {
-        "axes": axes,
-        "layer": name,
-        "lanes": 0,
-        "channel_rank": len(features),
-        "axis_name": layer.axis_name if is_bound(layer.axis_name) else None,
-        "axis_index_groups": None if groups is None else tuple(map(tuple, groups)),
-        "has_weights": mask is not None,
-        "has_domain": numbers is not None,
-    }
-    mean, var = tap_p.bind(x, stored["mean"], stored["var"], *others, **params)
+    own = function is BatchNorm.__call__
+    mean, var = chosen_statistics(layer, name, x, **stored, mask=mask, domain=domain, own_masks=own)
     variables = {"params": layer.variables.get("params", {}), "batch_stats": {"mean": mean, "var": var}}
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
     options = {"mask": mask, "domain": domain}
     return evaluated.apply(variables, x, **{k: v for k, v in options.items() if v is not None}, method=function)
 
 
-def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
-    if function is BatchNorm.__call__:
-        return position_weights(mask, x.shape, features).astype(jnp.float32)
-    mask = jnp.asarray(mask, bool)
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(jnp.float32)
-
-
-def check_layers(program: Program, model: nn.Module) -> None:
+def check_layers(program: Program, model: Model) -> None:
     """A traced model without batch-norm layers is an error."""
     if not program.tap_inputs():
         raise ValueError(
-            f"`model` must run a batch-norm layer (flax.linen.BatchNorm, flaxbn.BatchNorm or flaxbn.BatchRenorm, or a "
-            f"subclass): {type(model).__name__} ran none in `call`."
+            f"`model` must run a batch-norm layer (BatchNorm of flax.linen, flax.nnx, flaxbn or flaxbn.nnx, a "
+            f"BatchRenorm, or a subclass): {model_name(model)} ran none in `call`."
         )

@@ -139,6 +139,8 @@ class _Snapshot:
             return self._all(value), self._extras(value, (list, tuple))
         if isinstance(value, set | frozenset):
             return frozenset(self._all(value)), self._extras(value, (set, frozenset))
+        if isinstance(value, jax.tree_util.PyTreeDef):
+            return self._all((value.node_data(), value.children()))
         if isinstance(value, slice):
             return self._all((value.start, value.stop, value.step))
         return self._object(value)

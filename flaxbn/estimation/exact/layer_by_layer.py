@@ -14,6 +14,7 @@ from flaxbn.data.processes import gather, on_all
 from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
+from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.layer_moments import merge_steps
 from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries, flat_statistics
@@ -195,6 +196,6 @@ def fetch(asked: Request, batch: Batch) -> Values:
     whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
         batch.weights = batch.segments.sample_weights(batch.closed, whole, present)
-    keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
+    keys = fold_in(asked.rngs, batch.number)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
     return {v: values[v] for v in batch.segments.live[0]}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
@@ -21,6 +20,7 @@ from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.request import Request, request
 from flaxbn.layers.names import layer_name
+from flaxbn.models.arguments import Model
 from flaxbn.models.linen import Call
 
 
@@ -127,7 +127,7 @@ def _size(count: int) -> str:
 
 
 def plan(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     *,
