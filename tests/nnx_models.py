@@ -1,6 +1,7 @@
 """Small models of flax.nnx, of every kind that users build, and what their statistics are in float64."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -47,6 +48,19 @@ class Scanned(nnx.Module):
     def __call__(self, x):
         body = self.wrap(lambda x, block: block(x))
         return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+
+class StackedInCall(nnx.Module):
+    """Blocks that the call itself stacks, to scan over them."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([Block(rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        graphdefs, states = zip(*map(nnx.split, self.blocks))
+        assert graphdefs[1:] == graphdefs[:-1]
+        blocks = nnx.merge(graphdefs[0], jax.tree.map(lambda *a: jnp.stack(a), *states))
+        return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, blocks)
 
 
 class Repeated(nnx.Module):

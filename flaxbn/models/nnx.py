@@ -12,7 +12,7 @@ import jax
 from flax import errors, nnx
 
 from flaxbn.models.nnx_calls import looked_at
-from flaxbn.models.nnx_layers import PATH
+from flaxbn.models.nnx_layers import path_of, put_place
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class NnxModel:
     def renormalizing(self, variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
         """The paths of the layers that renormalize, which have bounds for it."""
         model = self._merged(*(variables[name] for name in ("batch_stats", "state", "rngs")))
-        layers = [module for _, module in nnx.iter_modules(model) if hasattr(module, PATH)]
-        return {getattr(layer, PATH) for layer in layers if hasattr(layer, "r_max")}
+        places = [(path_of(module), module) for _, module in nnx.iter_modules(model)]
+        return {path for path, module in places if path is not None and hasattr(module, "r_max")}
 
     def _merged(self, *states: Any) -> Any:
         """A copy of the model, in evaluation mode if it is to be, whose layers know where they are."""
@@ -84,7 +84,7 @@ class NnxModel:
         layers = tuple(looked_at())
         for path, module in nnx.iter_modules(model):
             if isinstance(module, layers):
-                setattr(module, PATH, tuple(map(str, path)))
+                put_place(module, path)
         return model
 
 

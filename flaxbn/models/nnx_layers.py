@@ -4,7 +4,8 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,13 +14,31 @@ from jaxtyping import Array
 from flaxbn.layers.names import layer_name
 from flaxbn.models.taps import chosen_statistics
 
-PATH = "_flaxbn_path"
+_PLACE = "_flaxbn_place"
 """The attribute of a layer, in the copy of a model that is traced, which says where in the model it is."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer is; all are equal, so that models may stack their layers, which do not differ by their names."""
+
+    path: tuple[str, ...] = field(compare=False)
+
+
+def put_place(layer: Any, path: Sequence[Any]) -> None:
+    """Tells a layer where it is in its model."""
+    setattr(layer, _PLACE, _Place(tuple(map(str, path))))
+
+
+def path_of(layer: Any) -> tuple[str, ...] | None:
+    """Where a layer is in its model; None where nobody has told."""
+    place = getattr(layer, _PLACE, None)
+    return None if place is None else place.path
 
 
 def nnx_label(layer: Any) -> str:
     """The class and path of an nnx module, for messages; the class where the path is not known."""
-    path = getattr(layer, PATH, None)
+    path = path_of(layer)
     return type(layer).__name__ if path is None else f"{type(layer).__name__} '{layer_name(path)}'"
 
 

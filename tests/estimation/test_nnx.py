@@ -1,5 +1,6 @@
 """Estimates of nnx models against float64 numpy: whatever transformations their layers lie in."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import nnx_models as zoo
@@ -42,6 +43,7 @@ CASES = {
     "chain": Chain,
     "chain of ours": lambda rngs: Chain(rngs, flaxbn.nnx.BatchNorm),
     "scan": zoo.Scanned,
+    "scan over blocks stacked in the call": zoo.StackedInCall,
     "scan, remat": lambda rngs: zoo.Scanned(rngs, nnx.remat),
     "scan, jit": lambda rngs: zoo.Scanned(rngs, nnx.jit),
 }
@@ -58,7 +60,7 @@ RUNS = {
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_of_blocks_behind_each_other(case, method):
     model = CASES[case](nnx.Rngs(0))
-    is_chain = isinstance(model, Chain)
+    is_chain = isinstance(model, Chain | zoo.StackedInCall)
     linears = [weights(block.linear) for block in model.blocks] if is_chain else weights(model.blocks.linear)
     found = estimate(model, method=method)["blocks"]
     norms = along_axis([found[i]["norm"] for i in range(len(linears))]) if is_chain else found["norm"]
@@ -208,6 +210,19 @@ def test_the_model_stays_as_it_is(method):
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))), state)
     assert set(vars(model.blocks[0].norm)) == attributes
     assert (model.blocks[0].norm.use_running_average, model.dropout.deterministic) == (False, False)
+
+
+@pytest.mark.parametrize("make", [Chain, zoo.Scanned, zoo.LinenInside])
+def test_trees_in_the_place_of_graphs(make):
+    """The mode in which modules are plain pytrees."""
+    before = flax.config.nnx_graph_mode
+    expected = estimate(make(nnx.Rngs(0)))
+    try:
+        flax.config.update("nnx_graph_mode", False)
+        found = estimate(make(nnx.Rngs(0)))
+    finally:
+        flax.config.update("nnx_graph_mode", before)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("kind", [{"ref": True}, {"hijax": True}])
