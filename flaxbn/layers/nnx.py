@@ -199,11 +199,11 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """What `nnx.view` calls, and `nnx.view_info` shows, which reads arguments that are indented by two.
 
         Args:
-            use_running_average: normalize by the running average, or by the batch; None to leave it.
-            frozen: freeze the layer, or thaw it; None to leave it.
+          use_running_average: normalize by the running average, or by the batch; None to leave it.
+          frozen: freeze the layer, or thaw it; None to leave it.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average

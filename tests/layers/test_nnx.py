@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 
@@ -349,3 +350,8 @@ def test_another_number_of_features_is_an_error():
 def test_nnx_is_loaded_when_it_is_asked_for():
     program = "import sys, flaxbn; assert 'flax.nnx' not in sys.modules; flaxbn.nnx.BatchNorm"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_flax_tells_what_views_can_set():
+    text = nnx.view_info(ours.BatchNorm(C, rngs=nnx.Rngs(0)))
+    assert re.findall(r"^  (\w+): bool \| None = None$", text, re.MULTILINE) == ["use_running_average", "frozen"]
