@@ -4,6 +4,7 @@
     output, new = model.apply(domains.select(variables, stats, "usps"), batch, train=True, mutable=["batch_stats"])
     stats = {**stats, "usps": new["batch_stats"]}
 
+For a model of flax.nnx the trees are `nnx.state(model, nnx.BatchStat)`, and `nnx.update(model, stats["usps"])` selects.
 For batches of one domain each; where a batch mixes domains, use a layer with `num_domains`.
 """
 
@@ -52,6 +53,9 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
 def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> Any:
     """`variables` with the statistics of one domain, for `model.apply`.
 
+    Of a model of flax.nnx, `nnx.merge(graphdef, select(state, stats, name))` is the model with these statistics, and
+    `nnx.update(model, stats[name])` puts them into the model at hand.
+
     Examples:
         >>> from flaxbn import domains
         >>> stats = {"photos": {"norm": "of photos"}, "sketches": {"norm": "of sketches"}}  # trees of arrays, really
@@ -59,7 +63,7 @@ def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: s
         {'params': 'shared', 'batch_stats': {'norm': 'of sketches'}}
 
     Args:
-        variables: those that all domains share; statistics in them are replaced.
+        variables: those that all domains share, or the `nnx.State` of a model; statistics in them are replaced.
         stats_by_domain: the statistics of all domains.
         name: that of the domain.
 
@@ -90,7 +94,8 @@ def estimate(
         {'photos': [2.0], 'sketches': [6.0]}
 
     Args:
-        model: the model; `flax.linen.BatchNorm` included.
+        model: the model, with layers of Flax or of flaxbn; for one of flax.nnx, `*nnx.split(model)` stands in the
+            place of `model, variables`.
         variables: its variables. The `batch_stats` in them give structure and dtypes, and the statistics of layers
             that `only` leaves out.
         batches_by_domain: for each name, what `estimate_population_stats` takes as `batches`.

@@ -71,7 +71,8 @@ def export_inference(
         True
 
     Args:
-        model: the model, with or without batch-norm layers.
+        model: the model, with or without batch-norm layers; for one of flax.nnx, `*nnx.split(model)` stands in the
+            place of `model, variables`. It is written in the mode that it is in: call `model.eval()` before.
         variables: its variables, on this process; read only. What the model changes in them is dropped.
         example: a batch of at least two unlike examples: a pytree of arrays with a common leading axis, in
             dictionaries with string keys, lists and tuples. All other axes are as in the artifact.
@@ -86,7 +87,7 @@ def export_inference(
         ValueError: naming the layer, if one is in training mode or its statistics (those of one domain, say) are still
             the initial ones; if predictions depend on the batch; if `moments` are not those of `variables`; if there
             are fewer than two examples, or a platform is unknown.
-        TypeError: if `model` is not a `flax.linen.Module`, or arguments are traced.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or arguments are traced.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
     model, variables = open_model(model, variables, evaluates=False)
