@@ -1,6 +1,6 @@
 """Models of flax.nnx through `apply` and the checks: what runs, what is left alone, and what is said."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -110,25 +110,29 @@ def test_flags_at_the_call_and_a_function_that_was_compiled_before():
 # ---- what is left alone
 
 
-def test_another_thread_trains_meanwhile():
-    layer = nnx.BatchNorm(D, momentum=0.5, rngs=nnx.Rngs(0))
+@either
+def test_another_thread_trains_meanwhile(norm):
+    """While the model is traced, and the classes stand aside."""
+    layer, dropout = norm(D, momentum=0.5, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     expected = nnx.clone(layer)
     y = expected(X)
-    stop, wrong, steps = threading.Event(), [], []
+    seen = []
 
     def train():
-        while not stop.is_set():
-            copy = nnx.clone(layer)
-            same = np.array_equal(copy(X), y) and np.array_equal(copy.mean[...], expected.mean[...])
-            (steps if same else wrong).append(1)
+        return layer(X), dropout(jnp.ones(1000))
 
-    thread = threading.Thread(target=train)
-    thread.start()
-    for size in (31, 32, 33):
-        flaxbn.estimate_population_stats(*nnx.split(Chain(nnx.Rngs(0))), X, batch_size=size)
-    stop.set()
-    thread.join()
-    assert (bool(steps), wrong) == (True, [])
+    def call(model, x):
+        seen.append(call_of(norm))
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(train).result())
+        return model(x)
+
+    flaxbn.estimate_population_stats(*nnx.split(Chain(nnx.Rngs(0), norm)), X, batch_size=90, call=call)
+    assert seen[0] is not call_of(norm)
+    found, dropped = seen[1]
+    np.testing.assert_array_equal(found, y)
+    assert 0 < np.count_nonzero(dropped) < 1000
+    np.testing.assert_array_equal(layer.mean[...], expected.mean[...])
 
 
 def test_classes_are_restored_after_an_error_and_between_nested_traces():
