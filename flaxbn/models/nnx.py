@@ -40,8 +40,8 @@ class NnxModel:
         method: Callable[[Any, Any], Any],
         rngs: Mapping[str, Any] | None = None,
         mutable: Any = None,
-    ) -> tuple[Any, None]:
-        """What `method(model, batch)` returns for a copy of the model, which may change as it likes.
+    ) -> tuple[Any, dict[str, Any]]:
+        """What `method(model, batch)` returns for a copy of the model, which it may change; and the copy's statistics.
 
         Args:
             variables: the collections that `open_nnx` returns.
@@ -57,7 +57,7 @@ class NnxModel:
         keys = rngs or variables
         model = self._merged(variables["batch_stats"], variables["state"], keys["rngs"])
         try:
-            return method(model, batch), None
+            return method(model, batch), {"batch_stats": nnx.state(model, nnx.BatchStat)}
         except errors.TraceContextError as error:
             raise ValueError(
                 "`call` must change nothing but the model that it is given, which is a copy: it changes a variable of "
