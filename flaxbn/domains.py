@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
-from flaxbn.models.arguments import Model, with_batch_stats
+from flaxbn.models.arguments import Model, takes_model, with_batch_stats
 
 StatsByDomain = Mapping[str, Any]
 """For each name of a domain a `batch_stats` tree."""
@@ -75,6 +75,7 @@ def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: s
     return with_batch_stats(variables, stats_by_domain[name])
 
 
+@takes_model
 def estimate(
     model: Model,
     variables: Mapping[str, Any],

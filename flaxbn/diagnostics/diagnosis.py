@@ -17,7 +17,7 @@ from flaxbn.diagnostics.findings import Finding
 from flaxbn.diagnostics.loss_gap import Gap
 from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
-from flaxbn.models.arguments import Model, open_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 
 RULES = (not_finite_loss, never_estimated, mixed_domains, lagging_average, alike_batches, small_batches)
@@ -58,6 +58,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@takes_model
 def diagnose(
     model: Model,
     variables: Mapping[str, Any],

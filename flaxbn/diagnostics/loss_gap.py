@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.models.apply import apply
-from flaxbn.models.arguments import Model, open_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 
 
@@ -52,6 +52,7 @@ class Gap:
         return None if self.validation is None else self.validation - self.stored
 
 
+@takes_model
 def gap(
     model: Model,
     variables: Mapping[str, Any],

@@ -12,7 +12,7 @@ from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import count_samples
 from flaxbn.diagnostics.sample import some_batches
 from flaxbn.estimation.precise import batch_moments
-from flaxbn.models.arguments import Model, open_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import by_path
 from flaxbn.models.linen import Call
 from flaxbn.models.rows import RowsByLayer, rows_of, seen_rows
@@ -58,6 +58,7 @@ class BatchNoise:
         return self.mean**2 + self.var**2 / 4
 
 
+@takes_model
 def batch_noise(
     model: Model,
     variables: Mapping[str, Any],

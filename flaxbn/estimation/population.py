@@ -17,11 +17,12 @@ from flaxbn.estimation.exact.plan import check_limit
 from flaxbn.estimation.layer_moments import Result, checked_tree, fetched, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, request
-from flaxbn.models.arguments import Model, check_concrete, open_model
+from flaxbn.models.arguments import Model, check_concrete, open_model, takes_model
 from flaxbn.models.batch_stats import Path, moments_by_path, replace_statistics
 from flaxbn.models.linen import Call
 
 
+@takes_model
 def estimate_population_stats(
     model: Model,
     variables: Mapping[str, Any],
@@ -157,6 +158,7 @@ def estimate_population_stats(
     return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
 
 
+@takes_model
 def population_moments(
     model: Model,
     variables: Mapping[str, Any],

@@ -18,7 +18,7 @@ import numpy as np
 from flaxbn.data.batches import count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
-from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model
+from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
 from flaxbn.models.batch_stats import Path, by_path, named_leaves, replace_statistics
 from flaxbn.models.evaluation_mode import check_evaluation
 from flaxbn.models.independence import assert_batch_independent
@@ -37,6 +37,7 @@ _ESTIMATE = {
 """What messages tell to do, for models of Linen, and for those of nnx."""
 
 
+@takes_model
 def export_inference(
     model: Model,
     variables: Mapping[str, Any],

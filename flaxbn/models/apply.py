@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from flaxbn.models.arguments import Model, open_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
 from flaxbn.models.entries import check_own_layers, entries_read
 from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
@@ -13,6 +13,7 @@ from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, 
 from flaxbn.tracing.primitive import Tap
 
 
+@takes_model
 def apply(
     model: Model,
     variables: Mapping[str, Any],

@@ -1,14 +1,17 @@
 """What every function that runs a model checks about it first, and how it takes models of either of Flax's APIs."""
 
+import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 
 from flaxbn.data.batches import check_not_deleted
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Model = Any
 """A `flax.linen.Module`, or the `GraphDef` of a `flax.nnx` model, which is not imported for the type."""
 
@@ -29,6 +32,7 @@ def open_model(model: Model, variables: Any, *, evaluates: bool = True) -> tuple
     """
     if isinstance(model, nn.Module) or is_opened_nnx(model):
         return model, variables
+    _check_no_nnx_module(model)
     if "flax.nnx" in sys.modules:
         from flax import nnx
 
@@ -36,16 +40,36 @@ def open_model(model: Model, variables: Any, *, evaluates: bool = True) -> tuple
 
         if isinstance(model, nnx.GraphDef):
             return open_nnx(model, variables, evaluates=evaluates)
-        if isinstance(model, nnx.Module):
-            raise TypeError(
-                f"An nnx model is given by its parts: got the {type(model).__name__} itself. Pass `*nnx.split(model)` "
-                "in the place of `model, variables`, and take the results over by `nnx.update(model, stats)`."
-            )
     raise TypeError(
         f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
         "method or a compiled function, inside which the batch-norm layers cannot be seen; of a flax.nnx model pass "
         "`*nnx.split(model)`."
     )
+
+
+def takes_model(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of `model, variables, ...` that says so where an nnx module stands in the place of both.
+
+    Python would only say which argument is missing.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        _check_no_nnx_module(args[0] if args else kwargs.get("model"))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_no_nnx_module(model: Any) -> None:
+    if "flax.nnx" in sys.modules:
+        from flax import nnx
+
+        if isinstance(model, nnx.Module):
+            raise TypeError(
+                f"An nnx model is given by its parts: got the {type(model).__name__} itself. Pass `*nnx.split(model)` "
+                "in the place of `model, variables`, and take the results over by `nnx.update(model, stats)`."
+            )
 
 
 def is_opened_nnx(model: Any) -> bool:

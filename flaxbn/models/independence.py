@@ -10,7 +10,7 @@ import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge, widen
 from flaxbn.data.batches import count_samples
-from flaxbn.models.arguments import Model, is_opened_nnx, open_model
+from flaxbn.models.arguments import Model, is_opened_nnx, open_model, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
 from flaxbn.models.linen import Call, evaluate, is_array, trace
 from flaxbn.tracing.measure import measure_tap
@@ -32,6 +32,7 @@ class BatchDependenceError(ValueError):
     """
 
 
+@takes_model
 def assert_batch_independent(
     model: Model, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
 ) -> None:

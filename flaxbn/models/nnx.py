@@ -121,4 +121,4 @@ def _root(graphdef: Any) -> type:
 
 
 def _article(cls: type) -> str:
-    return "something else" if cls is object else f"the class {cls.__name__}"
+    return f"the class {cls.__name__}" if issubclass(cls, nnx.Pytree) else "a tree of several objects"

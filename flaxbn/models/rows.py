@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import Model, open_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import Path, StoredLayers, named_leaves, stored_layers, with_wide_statistics
 from flaxbn.models.entries import entries_read
 from flaxbn.models.linen import Call, trace
@@ -50,6 +50,7 @@ RowsByLayer = Mapping[Path, Sequence[Row]]
 """What `rows_of` returns."""
 
 
+@takes_model
 def rows_of(
     model: Model, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
 ) -> dict[Path, list[Row]]:

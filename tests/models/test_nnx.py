@@ -199,8 +199,15 @@ def run(*args, **options):
 
 def test_a_bare_module():
     message = r"An nnx model is given by its parts: got the Block itself. Pass `\*nnx.split\(model\)`.*`nnx.update"
+    model = Block(nnx.Rngs(0))
     with pytest.raises(TypeError, match=message):
-        run(Block(nnx.Rngs(0)), None)
+        run(model, None)
+    with pytest.raises(TypeError, match=message):
+        flaxbn.apply(model, X)
+    with pytest.raises(TypeError, match=message):
+        flaxbn.plan(model, X, batch_size=45)
+    with pytest.raises(TypeError, match=message):
+        flaxbn.domains.estimate(model, {"a": X}, batch_size=45)
 
 
 def test_an_optimizer_is_no_model():
@@ -208,7 +215,7 @@ def test_an_optimizer_is_no_model():
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     with pytest.raises(TypeError, match=r"must be split from an nnx.Module: got the parts of the class Optimizer"):
         run(*nnx.split(optimizer))
-    with pytest.raises(TypeError, match=r"must be split from an nnx.Module.*Split the model by itself"):
+    with pytest.raises(TypeError, match=r"got the parts of a tree of several objects. Split the model by itself"):
         run(*nnx.split((model, optimizer)))
 
 

@@ -20,7 +20,7 @@ from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.request import Request, request
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import Model
+from flaxbn.models.arguments import Model, takes_model
 from flaxbn.models.linen import Call
 
 
@@ -126,6 +126,7 @@ def _size(count: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+@takes_model
 def plan(
     model: Model,
     variables: Mapping[str, Any],
