@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flaxbn import diagnostics as diagnostics
     from flaxbn import domains as domains
     from flaxbn import linen as linen
+    from flaxbn import nnx as nnx
     from flaxbn.data.placement import data_sharding as data_sharding
     from flaxbn.domains import weight_decay_mask as weight_decay_mask
     from flaxbn.estimation.exact.plan import Plan as Plan
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # What a training does not need is loaded when it is asked for: the layers add 15 ms to importing Flax, all of it 60.
-_MODULES = ("diagnostics", "domains", "linen")
+_MODULES = ("diagnostics", "domains", "linen", "nnx")
 _ROOMS = {
     "data_sharding": "data.placement",
     "weight_decay_mask": "domains",

@@ -4,18 +4,19 @@
     output, new = model.apply(domains.select(variables, stats, "usps"), batch, train=True, mutable=["batch_stats"])
     stats = {**stats, "usps": new["batch_stats"]}
 
+For a model of flax.nnx the trees are `nnx.state(model, nnx.BatchStat)`, and `nnx.update(model, stats["usps"])` selects.
 For batches of one domain each; where a batch mixes domains, use a layer with `num_domains`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
+from flaxbn.models.arguments import Model, takes_model, with_batch_stats
 from flaxbn.models.batch_stats import dict_names
 
 StatsByDomain = Mapping[str, Any]
@@ -50,8 +51,11 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: jax.tree.map(jnp.array, batch_stats) for name in names}
 
 
-def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> dict[str, Any]:
+def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: str) -> Any:
     """`variables` with the statistics of one domain, for `model.apply`.
+
+    Of a model of flax.nnx, `nnx.merge(graphdef, select(state, stats, name))` is the model with these statistics, and
+    `nnx.update(model, stats[name])` puts them into the model at hand.
 
     Examples:
         >>> from flaxbn import domains
@@ -60,7 +64,7 @@ def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: s
         {'params': 'shared', 'batch_stats': {'norm': 'of sketches'}}
 
     Args:
-        variables: those that all domains share; statistics in them are replaced.
+        variables: those that all domains share, or the `nnx.State` of a model; statistics in them are replaced.
         stats_by_domain: the statistics of all domains.
         name: that of the domain.
 
@@ -69,11 +73,12 @@ def select(variables: Mapping[str, Any], stats_by_domain: StatsByDomain, name: s
     """
     if name not in stats_by_domain:
         raise KeyError(f"`name` must be a known domain: got {name!r}. Known are {sorted(stats_by_domain)}.")
-    return {**variables, "batch_stats": stats_by_domain[name]}
+    return with_batch_stats(variables, stats_by_domain[name])
 
 
+@takes_model
 def estimate(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches_by_domain: Mapping[str, Any],
     **options: Any,
@@ -91,7 +96,8 @@ def estimate(
         {'photos': [2.0], 'sketches': [6.0]}
 
     Args:
-        model: the model; `flax.linen.BatchNorm` included.
+        model: the model, with layers of Flax or of flaxbn; for one of flax.nnx, `*nnx.split(model)` stands in the
+            place of `model, variables`.
         variables: its variables. The `batch_stats` in them give structure and dtypes, and the statistics of layers
             that `only` leaves out.
         batches_by_domain: for each name, what `estimate_population_stats` takes as `batches`.

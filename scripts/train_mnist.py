@@ -14,6 +14,7 @@ Each model is exported for inference, to inference.zip beside its checkpoint, bu
     python scripts/train_mnist.py
     python scripts/train_mnist.py --dataset mnist --data-dir DIR --epochs 5
     python scripts/train_mnist.py --dataset mnist --data-dir DIR --preset article
+    python scripts/train_mnist.py --api nnx
 """
 
 import dataclasses
@@ -24,7 +25,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import data
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -34,11 +34,13 @@ import results
 import training
 import tyro
 from journal import Journal, keep_journal
+from nnx_network import NnxNetwork, parts_of
 from rich.console import Console
 from training import CNN, accuracy, train_step, training_batches
 
 import flaxbn
 
+Network = CNN | NnxNetwork
 INDEPENDENCE_EXAMPLES = 64
 INDEPENDENCE_TOLERANCE = 1e-4
 
@@ -71,6 +73,8 @@ class Config(options.Distributed, options.Training):
     """digits (embedded), tfds:NAME, or the name of the IDX files in --data-dir, mnist say."""
     data_dir: pathlib.Path | None = None
     """The folder of the IDX files, or the data directory of TFDS."""
+    api: Literal["linen", "nnx"] = "linen"
+    """Which of Flax's two APIs the network is written in."""
     norm: Literal["batch", "renorm"] = "batch"
     """renorm: batch renormalization, its ramp scaled to the run. Tied to the running average, it departs from batch
     normalization only where that is updated: in mode running."""
@@ -100,7 +104,7 @@ PRESETS = {
 }
 
 
-def batch_independence(variables, images: jax.Array, *, model: CNN) -> dict[str, Any]:
+def batch_independence(variables, images: jax.Array, *, model: Network) -> dict[str, Any]:
     """Compares the logits of a batch with those of its examples one at a time, relative to the largest logit."""
     predict = jax.jit(model.apply)
     together = np.asarray(predict(variables, images))
@@ -114,22 +118,23 @@ def batch_independence(variables, images: jax.Array, *, model: CNN) -> dict[str,
     }
 
 
-def export(path: pathlib.Path, variables, images: np.ndarray, *, model: CNN, moments: Any) -> str:
+def export(path: pathlib.Path, variables, images: np.ndarray, *, model: Network, moments: Any) -> str:
     """Writes the model for inference, and says why where that is refused."""
     try:
-        flaxbn.export_inference(model, variables, images, path, moments=moments)
+        flaxbn.export_inference(*parts_of(model, variables), images, path, moments=moments)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def make_norm(config: Config, num_steps: int) -> Callable[..., nn.Module]:
+def make_norm(config: Config, num_steps: int) -> Callable[..., Any]:
     """The layer; the ramp of renorm, 40 000 steps in the paper, is scaled to the run."""
+    layers = flaxbn.linen if config.api == "linen" else flaxbn.nnx
     if config.norm == "batch":
-        return flaxbn.BatchNorm
+        return layers.BatchNorm
     scale = 40_000 / num_steps
     return functools.partial(
-        flaxbn.BatchRenorm,
+        layers.BatchRenorm,
         r_max=lambda step: flaxbn.paper_r_max(step * scale),
         d_max=lambda step: flaxbn.paper_d_max(step * scale),
     )
@@ -155,11 +160,15 @@ class Prepared(NamedTuple):
     num_steps: int
     """The steps of an epoch."""
     optimizer: optax.GradientTransformation
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., Any]
+    api: str
 
-    def model(self, mode: Mode) -> CNN:
+    def model(self, mode: Mode) -> Network:
         """The network of a mode."""
-        return CNN(self.dataset.num_classes, self.norm if mode.normalize else None)
+        norm = self.norm if mode.normalize else None
+        if self.api == "nnx":
+            return NnxNetwork(self.dataset.num_classes, self.dataset.train.images.shape[-1], norm)
+        return CNN(self.dataset.num_classes, norm)
 
 
 def load(config: Config) -> data.Dataset:
@@ -185,6 +194,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Prepared:
         num_steps,
         config.optimizer(config.epochs * num_steps),
         make_norm(config, config.epochs * num_steps),
+        config.api,
     )
 
 
@@ -215,13 +225,14 @@ def train(config: Config, prepared: Prepared, run: training.Repetition, journal:
     )
 
 
-def estimate(config: Config, prepared: Prepared, model: CNN, variables: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def estimate(
+    config: Config, prepared: Prepared, model: Network, variables: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
     """The variables with population statistics, and the moments that these come from."""
     images = prepared.dataset.train.images
     on_host = jax.device_get(variables)
     moments = flaxbn.population_moments(
-        model,
-        on_host,
+        *parts_of(model, on_host),
         images[processes.own_rows(len(images), config.estimate_samples)],
         batch_size=config.batch_size // jax.process_count(),
         sharding=flaxbn.data_sharding(),

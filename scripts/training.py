@@ -17,6 +17,7 @@ import options
 import orbax.checkpoint as ocp
 import processes
 from journal import Journal
+from nnx_network import parts_of
 
 import flaxbn
 
@@ -204,7 +205,7 @@ def evaluate(model: CNN, batch: dict[str, jax.Array | None]) -> jax.Array:
 def count_correct(variables, split: data.Split, index, counted, domain, *, model: CNN, statistics: str) -> jax.Array:
     """How many examples of a batch are right; those that are not `counted` only fill it up."""
     batch = {"images": split.images[index], "domain": domain}
-    logits = flaxbn.apply(model, variables, batch, statistics=statistics, call=evaluate)
+    logits = flaxbn.apply(*parts_of(model, variables), batch, statistics=statistics, call=evaluate)
     return jnp.sum((logits.argmax(-1) == split.labels[index]) & counted)
 
 

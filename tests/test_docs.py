@@ -62,8 +62,13 @@ def test_each_formula_names_its_function_and_its_test():
 
 def test_everything_public_is_in_the_reference():
     documented = {name for text in PAGES.values() for name in DIRECTIVES.findall(text)}
-    public = {f"flaxbn.{name}" for name in imported_names(flaxbn)} - {"flaxbn.diagnostics", "flaxbn.linen"}
+    public = {f"flaxbn.{name}" for name in imported_names(flaxbn)} - {
+        "flaxbn.diagnostics",
+        "flaxbn.linen",
+        "flaxbn.nnx",
+    }
     public |= {f"flaxbn.diagnostics.{name}" for name in imported_names(flaxbn.diagnostics)}
+    public |= {f"flaxbn.nnx.{name}" for name in imported_names(flaxbn.nnx)}
     assert public - documented == set()
 
 
@@ -76,7 +81,7 @@ def imported_names(module):
 
 def public_objects():
     """What the catalogues name, by name: functions and classes, not modules."""
-    catalogues = {"": flaxbn, "diagnostics.": flaxbn.diagnostics}
+    catalogues = {"": flaxbn, "diagnostics.": flaxbn.diagnostics, "nnx.": flaxbn.nnx}
     found = {prefix + name: getattr(m, name) for prefix, m in catalogues.items() for name in imported_names(m)}
     defined = vars(flaxbn.domains).items()
     found |= {f"domains.{name}": f for name, f in defined if getattr(f, "__module__", "") == "flaxbn.domains"}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 from jaxtyping import Array
 
 from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
@@ -20,7 +19,7 @@ from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
 from flaxbn.diagnostics.renormalization import not_begun, out_of_bounds
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
 from flaxbn.estimation.request import check_stored
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 from flaxbn.models.unseen import one_warning
 
@@ -71,8 +70,9 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@takes_model
 def diagnose(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     loss_fn: Callable[[Any, Any], Array],
@@ -128,7 +128,7 @@ noise of the batch that its bounds clip, of the examples shuffled |
         [('never estimated', '(the model itself)')]
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables with the statistics to be looked at; read only.
         batches: training data in the order of training. With `batch_size` a pytree of arrays, of which so many
             consecutive samples are normalized together; without, an iterable of batches of one size, each normalized
@@ -148,12 +148,13 @@ noise of the batch that its bounds clip, of the examples shuffled |
     Raises:
         ValueError: if the model has no batch-norm layer, which is seen before data are read if `batch_stats` tells; if
             there are fewer than two batches, or of several sizes; or an argument does not fit, as in `gap`.
-        TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`
+            does not fit `batch_size`.
 
     Warns:
         UserWarning: if a layer of a class that flaxbn does not know takes part: nothing is found out about it.
     """
-    check_model(model)
+    model, variables = open_model(model, variables)
     check_stored(variables, model)
     with one_warning():
         subject = Subject.of(

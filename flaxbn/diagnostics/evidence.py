@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -23,6 +22,7 @@ from flaxbn.diagnostics.noise import BatchNoise, noise_among
 from flaxbn.diagnostics.renorm_layers import Bounds, bounds_of_rows, renormalized
 from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
+from flaxbn.models.arguments import Model
 from flaxbn.models.batch_stats import select, with_wide_statistics
 from flaxbn.models.entries import read_layers
 from flaxbn.models.linen import Call, check_layers, trace
@@ -55,7 +55,7 @@ class Subject:
         example: a batch of at least eight samples, if there are as many, to look at outputs with.
     """
 
-    model: nn.Module
+    model: Model
     variables: Mapping[str, Any]
     call: Call | None
     only: Callable[[str], bool] | None
@@ -67,7 +67,7 @@ class Subject:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: Model,
         variables: Mapping[str, Any],
         batches: Any,
         *,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -13,6 +12,7 @@ from jaxtyping import Array
 from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.data.samples import show
 from flaxbn.models.apply import apply
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 from flaxbn.models.unseen import one_warning
 
@@ -54,8 +54,9 @@ class Gap:
         return None if self.validation is None else self.validation - self.stored
 
 
+@takes_model
 def gap(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     loss_fn: Callable[[Any, Any], Array],
@@ -82,7 +83,7 @@ def gap(
         (1.0, 10.0, 9.0)
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables with the statistics to be looked at; read only.
         batches: training data, composed as in training: what is normalized together there is a batch here. Arrays with
             `batch_size`, which are cut in their order (what fills no batch is left out), or an iterable of batches.
@@ -99,6 +100,7 @@ def gap(
     Raises:
         ValueError: if there are no data, or `loss_fn` or `domain` does not give one value for each example.
     """
+    model, variables = open_model(model, variables)
 
     @jax.jit
     def losses(batch: Any) -> tuple[Array, Array]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -13,6 +12,7 @@ from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import count_samples
 from flaxbn.diagnostics.sample import some_batches
 from flaxbn.estimation.precise import batch_moments
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import by_path
 from flaxbn.models.linen import Call
 from flaxbn.models.rows import RowsByLayer, rows_of, seen_rows
@@ -59,8 +59,9 @@ class BatchNoise:
         return self.mean**2 + self.var**2 / 4
 
 
+@takes_model
 def batch_noise(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     *,
@@ -90,7 +91,7 @@ def batch_noise(
         (0.25, 0.25)
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; without, an iterable of
             batches of one size, which is read once, up to `num_batches` batches; a smaller last one is left out.
@@ -111,6 +112,7 @@ def batch_noise(
     """
     if not tolerance > 0:
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
+    model, variables = open_model(model, variables)
     chosen = some_batches(batches, batch_size, num_batches)
     with one_warning():
         found = [*batch_moments(model, variables, chosen, call=call, only=only)]

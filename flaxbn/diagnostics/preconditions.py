@@ -81,8 +81,8 @@ def _is_finite(leaf: Any) -> bool:
 
 TRAINING_MODE = Trap(
     "training mode at inference",
-    "Evaluate with stored statistics (`use_running_average=True`, `train=False` in `call`), and mend whatever else "
-    "reduces over the batch.",
+    "Evaluate with stored statistics (`use_running_average=True`, `train=False` in `call`; an nnx model is evaluated "
+    "as after `model.eval()`, unless `call` says otherwise), and mend whatever else reduces over the batch.",
 )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.arithmetic.renorm import correction
 from flaxbn.layers.linen import BatchRenorm
+from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import as_tree, by_path, named_leaves
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Path
@@ -52,7 +53,7 @@ class Bounds(NamedTuple):
 
 
 def bounds_of_rows(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rows: RowsByLayer
+    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None, rows: RowsByLayer
 ) -> dict[str, Bounds]:
     """The bounds of all rows of `BatchRenorm` layers, which are known only where they run: a trace looks at each call.
 
@@ -67,8 +68,11 @@ def bounds_of_rows(
             fields[context.module.path] = context.module.r_max, context.module.d_max
         return method(*args, **kwargs)
 
-    with nn.intercept_methods(note):
-        trace(model, variables, batch, call, None)
+    if is_opened_nnx(model):
+        fields = model.renormalizing(variables)
+    else:
+        with nn.intercept_methods(note):
+            trace(model, variables, batch, call, None)
     stored = named_leaves(variables["batch_stats"])
     return {
         row.name: _bounds(*bounds, _steps(stored.get((*path, "steps"), 0), row, np.size(stored[(*path, "mean")])))

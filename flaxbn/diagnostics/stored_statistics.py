@@ -15,7 +15,7 @@ from flaxbn.diagnostics.noise import BatchNoise, by_layer
 NEVER_ESTIMATED = Trap(
     "never estimated",
     "Estimate the statistics before inference: `flaxbn.estimate_population_stats(model, variables, data, "
-    "batch_size=...)`, with the weights frozen.",
+    "batch_size=...)`, with `*nnx.split(model)` for `model, variables` of flax.nnx, and with the weights frozen.",
 )
 
 

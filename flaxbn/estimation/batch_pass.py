@@ -15,6 +15,7 @@ from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout
 from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
+from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
@@ -66,7 +67,7 @@ class Pass:
 
     def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Record]:
         weights = self.calls.sample_weights(closed, batch, present)
-        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, step), rngs)
+        rngs = fold_in(rngs, step)
         leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
         on_tap = functools.partial(self._on_tap, common_length(batch), weights)
         _, records = self.calls.program.run(leaves, on_tap)
@@ -90,7 +91,7 @@ class Pass:
         axes = split_axes(sharding)
 
         def on_device(closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Record]:
-            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), rngs)
+            rngs = fold_in(rngs, jax.lax.axis_index(axes))
             moments = self._moments(closed, variables, rngs, batch, present, step)
             return jax.tree.map(lambda a: a[None], moments)
 

@@ -13,7 +13,7 @@ from flaxbn.data.placement import place
 from flaxbn.data.samples import common_length, count_samples, show
 from flaxbn.estimation.compiled import PassOptions, Shapes
 from flaxbn.models.batch_stats import stored_layers
-from flaxbn.models.entries import Reading, entries_read
+from flaxbn.models.entries import Reading, check_own_layers, entries_read
 from flaxbn.models.linen import Traced, check_layers, trace
 from flaxbn.models.places import Path
 from flaxbn.models.unseen import leaves_unseen
@@ -117,6 +117,7 @@ def find_calls(options: PassOptions, shapes: Shapes, form: Form) -> tuple[LayerC
     others = len(jax.tree.leaves((batch, rngs)))
     layers = stored_layers(variables["batch_stats"], options.read)
     entries = entries_read(program, variables, others, layers)
+    check_own_layers(options.model, program, entries)
     wanted = np.concatenate([np.ravel(layers.entries[path]) for path in options.wanted])
     found = {i: e for i, e in enumerate(entries) if e is not None and np.isin(e, wanted).all()}
     axes = {}

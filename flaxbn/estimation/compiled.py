@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.models.arguments import Model
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Pair, Path
 
@@ -25,7 +25,7 @@ class PassOptions(NamedTuple):
     `read` are the statistics that the model reads under other names than those that are known.
     """
 
-    model: nn.Module
+    model: Model
     call: Call | None
     sample_weight: Callable[[Any], Array] | None
     wanted: frozenset[Path]

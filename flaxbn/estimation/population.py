@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -18,15 +17,16 @@ from flaxbn.estimation.exact.plan import check_limit
 from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, has_other_names, request
-from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.arguments import Model, check_concrete, open_model, takes_model
 from flaxbn.models.batch_stats import moments_by_path, replace_statistics
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Path
 from flaxbn.models.unseen import one_warning
 
 
+@takes_model
 def estimate_population_stats(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     *,
@@ -66,8 +66,9 @@ def estimate_population_stats(
     the function, and get the same statistics, those of all data: a precise pass merges once, at its end, an exact one
     once for each call of a layer. Where one process raises, all do.
 
-    Works on any Flax model: `flax.linen.BatchNorm` and its subclasses, `flaxbn.BatchNorm`, and `flaxbn.BatchRenorm`,
-    which counts as plain batch normalization.
+    Works on any Flax model, of Linen or nnx: `BatchNorm` of Flax and its subclasses, that of flaxbn, and `BatchRenorm`,
+    which counts as plain batch normalization. A model of flax.nnx is evaluated as after `model.eval()`, by a copy; it
+    stays as it is, and takes the result over by `nnx.update(model, stats)`.
 
     What is compiled is used again where the model, `call`, `sample_weight`, the layers that `only` accepts and all
     shapes are the same by value: with lists and configuration objects in fields, partials, and lambdas written anew.
@@ -77,7 +78,7 @@ def estimate_population_stats(
     functions at module level read, and attributes of classes, must not change, as for `jax.jit`.
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables; read only.
         batches: with `batch_size`, a pytree of arrays with a common leading sample axis; otherwise an iterable of
             batches, which is read once; numpy arrays are copied as they come. Such a batch is a pytree of anything:
@@ -85,7 +86,7 @@ def estimate_population_stats(
             ask for a common sample axis. What is no array or number, a name say, is part of what is compiled, and
             traced for each value. (Exact statistics hold all batches, until they are kept in another form.)
         call: how the model is run for evaluation, `(module, batch) -> anything`; by default `module(batch)`.
-            `nn.Dropout` layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
+            Dropout layers are off; dropout inside other layers, attention for example, is for `call` to turn off.
         batch_size: the largest number of samples in a batch, of which there are `K = ceil(n / batch_size)`; batch k
             is `x[k::K]`. The precise pass is a scan on the device; the exact one leaves arrays where they are.
         num_samples: use this many samples: of arrays evenly spaced ones, of an iterable the first.
@@ -117,7 +118,8 @@ def estimate_population_stats(
         metadata, as it was.
 
     Raises:
-        TypeError: if `model` is not a `flax.linen.Module`, or `batches` does not fit `batch_size`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`
+            does not fit `batch_size`.
         ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
             `num_samples`; statistics are not finite; a layer has one value per channel in a batch of a precise pass,
             by its shape or by what masks, domains or weights leave; a layer lies inside a
@@ -143,6 +145,7 @@ def estimate_population_stats(
         >>> abs(float(predictions.mean())) < 1e-6
         True
     """
+    model, variables = open_model(model, variables)
     moments = population_moments(
         model,
         variables,
@@ -163,8 +166,9 @@ def estimate_population_stats(
     return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
 
 
+@takes_model
 def population_moments(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     *,
@@ -211,10 +215,10 @@ def population_moments(
         checked = options | {"sharding": sharding, "normalization_batch": normalization_batch}
         data: Arrays | Stream | None = None
         first = None
-        if has_other_names(variables):
-            check_model(model)
+        opened, held = open_model(model, variables)
+        if has_other_names(held):
             first, data = open_batches(batches, batch_size, num_samples).peeked()
-        asked = request(model, variables, first=first, **checked)
+        asked = request(opened, held, first=first, **checked)
         _check_method(method, memory_limit, normalization_batch, earlier)
         if batch_size is not None or isinstance(batches, list):
             check_concrete("batches", None if isinstance(batches, Iterator) else batches)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from itertools import chain, islice
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from flaxbn.estimation.layer_moments import Result, check_finite, check_several,
 from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.threads import Cores, cores_for
+from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.linen import Call
 
 _AHEAD = 2  # batches of a stream: one is computed while the next is read
@@ -161,7 +161,7 @@ def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
 
 
 def batch_moments(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
@@ -173,6 +173,7 @@ def batch_moments(
     The model is traced once for batches of one shape.
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
+    model, variables = open_model(model, variables)
     batches = iter(batches)
     begin = [*islice(batches, 1)]
     first = abstract(begin[0]) if begin and has_other_names(variables) else None

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from flaxbn.data.placement import on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import PassOptions
+from flaxbn.estimation.keys import fold_in
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.arguments import Model, check_concrete, model_name, open_model, random_keys
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.entries import candidates_in, pairs_read
 from flaxbn.models.linen import Call, trace
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 def request(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     *,
     call: Call | None,
@@ -53,7 +53,8 @@ def request(
 
     `first` is the first batch as shapes and dtypes, where `has_other_names` says that it matters.
     """
-    _check_variables(model, variables, rngs)
+    model, variables = open_model(model, variables)
+    _check_variables(variables, rngs)
     read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
     layers = stored_layers(variables["batch_stats"], read)
     wanted = _wanted_layers(layers, only, model, variables)
@@ -69,17 +70,16 @@ def request(
         by_device=by_device,
         tracing=tracing_options(),
     )
-    arrays, keys = on_device((dict(variables), dict(rngs or {})))
+    arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
     if jax.process_count() > 1:
-        keys = jax.tree.map(lambda key: jax.random.fold_in(key, jax.process_index()), keys)
+        keys = fold_in(keys, jax.process_index())
     arrays = dict(with_wide_statistics(arrays))
     if sharding is not None:
         arrays, keys = place((arrays, keys), sharding)
     return Request(options, arrays, keys, layers, wanted)
 
 
-def _check_variables(model: nn.Module, variables: Mapping[str, Any], rngs: Mapping[str, Array] | None) -> None:
-    check_model(model)
+def _check_variables(variables: Mapping[str, Any], rngs: Mapping[str, Array] | None) -> None:
     _check_batch_stats(variables)
     check_concrete("variables", variables)
     check_concrete("rngs", rngs)
@@ -119,29 +119,29 @@ def has_other_names(variables: Any) -> bool:
 
 
 def _read_under_other_names(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
+    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
 ) -> tuple[Pair, ...]:
     abstracted = dict(with_wide_statistics(jax.eval_shape(lambda tree: tree, dict(variables))))
     program = trace(model, abstracted, batch, call, dict(rngs or {})).program
     return tuple(pairs_read(program, abstracted, len(jax.tree.leaves((batch, rngs)))))
 
 
-def check_stored(variables: Any, model: nn.Module) -> None:
+def check_stored(variables: Any, model: Model) -> None:
     """Without anything that could be a layer's statistics there is nothing to look at: an error."""
     _check_batch_stats(variables)
     if not stored_layers(variables["batch_stats"]).entries and not has_other_names(variables):
         _raise_without_layers(variables, model)
 
 
-def _raise_without_layers(variables: Any, model: nn.Module) -> NoReturn:
+def _raise_without_layers(variables: Any, model: Model) -> NoReturn:
     raise ValueError(
-        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {type(model).__name__} has none. "
+        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_name(model)} has none. "
         f"{what_is_held(variables)}"
     )
 
 
 def _wanted_layers(
-    layers: StoredLayers, only: Callable[[str], bool] | None, model: nn.Module, variables: Any
+    layers: StoredLayers, only: Callable[[str], bool] | None, model: Model, variables: Any
 ) -> StoredLayers:
     if not layers.entries:
         _raise_without_layers(variables, model)

@@ -11,7 +11,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from flaxbn.data.batches import count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
-from flaxbn.models.arguments import check_concrete, check_model
+from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
 from flaxbn.models.batch_stats import by_path, named_leaves, replace_statistics, with_wide_statistics
 from flaxbn.models.entries import read_layers
 from flaxbn.models.evaluation_mode import check_evaluation
@@ -30,10 +29,20 @@ from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 from flaxbn.models.unseen import WAYS_FORWARD, initial_holders, unseen
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PUT = {
+    False: 'variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])',
+    True: "nnx.update(model, flaxbn.to_batch_stats(moments, nnx.state(model, nnx.BatchStat)))",
+}
+_ESTIMATE = {
+    False: 'variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, batches)',
+    True: "nnx.update(model, flaxbn.estimate_population_stats(*nnx.split(model), batches))",
+}
+"""What messages tell to do, for models of Linen, and for those of nnx."""
 
 
+@takes_model
 def export_inference(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     example: Any,
     path: str | os.PathLike[str],
@@ -66,7 +75,8 @@ def export_inference(
         True
 
     Args:
-        model: the model, with or without batch-norm layers.
+        model: the model, with or without batch-norm layers; for one of flax.nnx, `*nnx.split(model)` stands in the
+            place of `model, variables`. It is written in the mode that it is in: call `model.eval()` before.
         variables: its variables, on this process; read only. What the model changes in them is dropped.
         example: a batch of at least two unlike examples: a pytree of arrays with a common leading axis, in
             dictionaries with string keys, lists and tuples. All other axes are as in the artifact.
@@ -81,10 +91,10 @@ def export_inference(
         ValueError: naming the layer, if one is in training mode or its statistics (those of one domain, say) are still
             the initial ones; if predictions depend on the batch; if `moments` are not those of `variables`; if there
             are fewer than two examples, or a platform is unknown.
-        TypeError: if `model` is not a `flax.linen.Module`, or arguments are traced.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or arguments are traced.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
-    check_model(model)
+    model, variables = open_model(model, variables, evaluates=False)
     check_concrete("variables", variables)
     check_concrete("example", example)
     _check_platforms(platforms)
@@ -97,9 +107,9 @@ def export_inference(
         )
     variables, example = jax.device_get(dict(variables)), jax.tree.map(jnp.asarray, example)
     check_evaluation(model, variables, example, call)
-    counts = _counts(variables, moments)
+    counts = _counts(model, variables, moments)
     rows = rows_of(model, variables, example, call=call)
-    _check_estimated(variables, rows, counts, _unknown_initial(model, variables, example, call))
+    _check_estimated(model, variables, rows, counts, _unknown_initial(model, variables, example, call))
     assert_batch_independent(model, variables, example, call=call)
     layers = {layer_path(path): {"count": _brief(counts.get(path))} for path in rows}
     about = {"versions": _versions(), "statistics": layers}
@@ -131,7 +141,7 @@ def _check_containers(name: str, structure: Any) -> None:
         _check_containers(name, child)
 
 
-def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray]:
+def _counts(model: Model, variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray]:
     """The count of each layer in `moments`, which must be those that are stored.
 
     Otherwise the file would tell of data that its statistics are not from. They are compared as `to_batch_stats` stores
@@ -146,14 +156,13 @@ def _counts(variables: Mapping[str, Any], moments: Any) -> dict[Path, np.ndarray
         names = ", ".join(f"'{layer_name(path)}'" for path in sorted(differing))
         raise ValueError(
             f"`moments` must be those behind the statistics in `variables`: they are not in {names}. Put them there: "
-            '`variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])`; or leave `moments` '
-            "out."
+            f"`{_PUT[is_opened_nnx(model)]}`; or leave `moments` out."
         )
     return {path: np.asarray(value.count) for path, value in by_path(moments).items()}
 
 
 def _check_estimated(
-    variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray], unknown: Sequence[Path]
+    model: Model, variables: Any, rows: RowsByLayer, counts: Mapping[Path, np.ndarray], unknown: Sequence[Path]
 ) -> None:
     """Rows of statistics that run must not be the initial ones; the error names their layers, and which rows.
 
@@ -171,13 +180,13 @@ def _check_estimated(
         raise ValueError(
             "Every batch-norm layer must have the statistics of data: those of "
             f"{', '.join([*places, *([others] if others else [])])} were never estimated, and are the initial ones, "
-            "mean 0 and variance 1. Estimate them, with data of every domain there is: "
-            '`variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, batches)`.'
+            f"mean 0 and variance 1. Estimate them, with data of every domain there is: "
+            f"`{_ESTIMATE[is_opened_nnx(model)]}`."
             + (f" The class of {others} is not known to flaxbn. {WAYS_FORWARD}" if others else "")
         )
 
 
-def _unknown_initial(model: nn.Module, variables: Any, example: Any, call: Call | None) -> list[Path]:
+def _unknown_initial(model: Model, variables: Any, example: Any, call: Call | None) -> list[Path]:
     """What holds initial statistics that reach a prediction, and is no batch-norm layer that is known."""
     variables = with_wide_statistics(variables)
     traced = trace(model, variables, example, call, None)
@@ -188,7 +197,7 @@ def _unknown_initial(model: nn.Module, variables: Any, example: Any, call: Call 
 
 
 def _exported(
-    model: nn.Module, variables: Any, example: Any, call: Call | None, platforms: Sequence[str]
+    model: Model, variables: Any, example: Any, call: Call | None, platforms: Sequence[str]
 ) -> jax.export.Exported:
     """The module of `call` with the weights inside, for any number of examples."""
     (size,) = jax.export.symbolic_shape("batch")

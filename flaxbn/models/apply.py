@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
-from flaxbn.models.entries import read_layers
+from flaxbn.models.entries import check_own_layers, read_layers
 from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
 from flaxbn.models.unseen import note, one_warning, unseen
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
 
+@takes_model
 def apply(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batch: Any,
     *,
@@ -26,9 +26,9 @@ def apply(
     """Evaluates any Flax model with the batch-norm statistics of your choice.
 
     With `statistics="batch"` every batch-norm layer, `flax.linen.BatchNorm` included, normalizes by the mean and
-    variance of its own input, as in training, while all else is evaluation: `nn.Dropout` is off, nothing is mutable and
-    nothing is updated. This validates a model whose running average lags, or was never updated. Works under `jax.jit`,
-    `jax.grad` and `jax.vmap`.
+    variance of its own input, as in training, while all else is evaluation: dropout layers are off, nothing is mutable
+    and nothing is updated. This validates a model whose running average lags, or was never updated. Works under
+    `jax.jit`, `jax.grad` and `jax.vmap`.
 
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
@@ -41,7 +41,7 @@ def apply(
         [[1.0], [3.0]]
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables, `batch_stats` included; read only.
         batch: what `call` takes.
         statistics: "running" for the stored statistics, "batch" for those of the batch.
@@ -53,7 +53,7 @@ def apply(
     Raises:
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
             would normalize by the statistics of a single value per channel.
-        TypeError: if `model` is not a `flax.linen.Module`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
 
     Warns:
         UserWarning: if a layer of a class that flaxbn does not know takes part, naming what it keeps in `batch_stats`:
@@ -62,7 +62,7 @@ def apply(
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
-    check_model(model)
+    model, variables = open_model(model, variables)
     variables = with_wide_statistics(variables)
     leaves, structure = jax.tree.flatten(batch)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
@@ -81,6 +81,7 @@ def apply(
             note(found.written)
         if statistics == "batch":
             check_layers(traced.program, model, variables)
+            check_own_layers(model, traced.program, reading.entries)
             note(found.reached)
             switched = {site for site, entries in enumerate(reading.entries) if entries is not None}
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import StoredLayers, dict_names, leaf_shapes, named_leaves, stored_layers
 from flaxbn.models.places import Pair, Path, unnamed
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
@@ -27,6 +28,19 @@ class Reading(NamedTuple):
 
     layers: StoredLayers
     entries: list[np.ndarray | None]
+
+
+def check_own_layers(model: Model, program: Program, entries: Sequence[np.ndarray | None]) -> None:
+    """For an nnx model, whose modules run by themselves, a `call` that runs another one from outside is an error.
+
+    Raises:
+        ValueError: if there are layers, and none of them reads stored entries.
+    """
+    if is_opened_nnx(model) and entries and all(read is None for read in entries):
+        raise ValueError(
+            f"`call` must use the model that it is given: {program.layer_names()[0]}, which it runs, is no layer of "
+            "that. Its first argument is a copy of the model: `call=lambda m, b: m(b)`, and not a model from outside."
+        )
 
 
 def read_layers(program: Program, variables: Mapping[str, Any], other_leaves: int) -> Reading:

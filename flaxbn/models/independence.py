@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge, widen
 from flaxbn.data.batches import count_samples
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, is_opened_nnx, open_model, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
 from flaxbn.models.linen import Call, evaluate, is_array, trace
 from flaxbn.tracing.measure import measure_tap
@@ -33,8 +32,9 @@ class BatchDependenceError(ValueError):
     """
 
 
+@takes_model
 def assert_batch_independent(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+    model: Model, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
 ) -> None:
     """Raises unless evaluating an example gives the same whatever else is in the batch.
 
@@ -58,7 +58,8 @@ def assert_batch_independent(
         Each example must be evaluated by itself
 
     Args:
-        model: the model, with or without batch-norm layers.
+        model: the model, with or without batch-norm layers; for one of flax.nnx, `*nnx.split(model)` stands in the
+            place of `model, variables`. It runs in the mode that it is in: call `model.eval()` before.
         variables: its variables; read only.
         batch: a pytree of arrays with a common leading axis of at least two examples.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
@@ -66,9 +67,9 @@ def assert_batch_independent(
     Raises:
         BatchDependenceError: a ValueError that names the first layer behind which examples are mixed, or the output.
         ValueError: if the batch is too small.
-        TypeError: if `model` is not a `flax.linen.Module`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
     """
-    check_model(model)
+    model, variables = open_model(model, variables, evaluates=False)
     if count_samples(batch) < 2:
         raise ValueError("`batch` must hold at least two examples, to be cut into parts: got one.")
     whole = jax.tree.map(jnp.asarray, batch)
@@ -77,7 +78,8 @@ def assert_batch_independent(
     measured = [_stored_moments(model, variables, part, call)[1] for part in parts]
     variances = [moments.var + jnp.mean(moments.var) for moments, _ in found]
     check_parts(layers, found, [_merge_all(pair) for pair in zip(*measured)], variances)
-    _check_outputs(*(outputs(model, variables, part, call) for part in (whole, *parts)))
+    evaluation = "`model.eval()` before `nnx.split`" if is_opened_nnx(model) else "`use_running_average=True`"
+    _check_outputs(evaluation, *(outputs(model, variables, part, call) for part in (whole, *parts)))
 
 
 def split(samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +138,7 @@ def _merge_all(parts: Sequence[Any]) -> Any:
 
 
 def _stored_moments(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None
+    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None
 ) -> tuple[list[str], list[Any]]:
     """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
     variables = with_wide_statistics(variables)
@@ -149,7 +151,7 @@ def _stored_moments(
     return program.layer_names(), list(zip(records, (x.dtype for x in program.tap_inputs())))
 
 
-def outputs(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[np.ndarray]:
+def outputs(model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None) -> list[np.ndarray]:
     """The arrays that `call` returns, but for scalars, in host memory; the model runs once, compiled."""
 
     @jax.jit
@@ -160,8 +162,14 @@ def outputs(model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Ca
     return [np.asarray(leaf) for leaf in run(variables, batch)]
 
 
-def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
-    """Outputs with a row for each example must have the same rows, whether all run together or in parts."""
+def _check_outputs(evaluation: str, whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
+    """Outputs with a row for each example must have the same rows, whether all run together or in parts.
+
+    Args:
+        evaluation: how the model is evaluated, for the message.
+        whole: the outputs of the whole batch.
+        parts: those of its parts.
+    """
     for i, (expected, *found) in enumerate(zip(whole, *parts, strict=True)):
         samples = len(expected)
         rows = split(samples)
@@ -175,7 +183,7 @@ def _check_outputs(whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) ->
             raise BatchDependenceError(
                 f"Each example must be evaluated by itself: output {i} of `call`, of shape {expected.shape}, changes "
                 "with the other examples of the batch. A batch-norm layer in training mode does that, and whatever "
-                "else reduces over the batch: evaluate with `use_running_average=True`, and mend what mixes examples."
+                f"else reduces over the batch: evaluate with {evaluation}, and mend what mixes examples."
             )
 
 

@@ -1,4 +1,4 @@
-"""Any Flax model as a program whose batch-norm statistics are chosen from outside.
+"""Any Flax model, of Linen or nnx, as a program whose batch-norm statistics are chosen from outside.
 
 The model's evaluation is traced once. Where a batch-norm layer runs, a primitive `(x, mean, var) -> (mean', var')`
 stands between the stored statistics and the layer's own evaluation code. A reader (`OnTap`) then decides what `mean'`
@@ -18,17 +18,20 @@ from jaxtyping import Array
 
 from flaxbn.data.samples import is_array as is_array
 from flaxbn.data.samples import show
-from flaxbn.layers.arguments import domain_of, feature_axes, position_weights
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
+from flaxbn.models.arguments import Model, model_name
 from flaxbn.models.batch_stats import named_leaves
 from flaxbn.models.mark import running_module
+from flaxbn.models.nnx_calls import intercept_nnx
+from flaxbn.models.nnx_layers import evaluate_nnx_layer
 from flaxbn.models.places import Path
 from flaxbn.models.recognized import known_as, recognized_key
-from flaxbn.models.recognized_calls import check_stored, evaluate_recognized, flax_mask, own_all
+from flaxbn.models.recognized_calls import check_stored, evaluate_recognized, own_all
+from flaxbn.models.taps import chosen_statistics
 from flaxbn.models.unseen import what_is_held
 from flaxbn.tracing.jaxpr import with_outputs
-from flaxbn.tracing.primitive import bind_tap, observing
+from flaxbn.tracing.primitive import observing
 from flaxbn.tracing.program import Program
 
 Call = Callable[[Any, Any], Any]
@@ -50,7 +53,7 @@ def _call_directly(module: Any, batch: Any) -> Any:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batch: Any,
     call: Call | None,
@@ -71,7 +74,7 @@ def evaluate(
     return _applied(model, variables, batch, call, rngs)[0]
 
 
-def _applied(model: nn.Module, variables: Any, batch: Any, call: Call | None, rngs: Any) -> tuple[Any, Any]:
+def _applied(model: Model, variables: Any, batch: Any, call: Call | None, rngs: Any) -> tuple[Any, Any]:
     """What `call` returns, and the variables afterwards."""
     batch = show(batch)
     output, after = model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))
@@ -94,16 +97,17 @@ class Traced(NamedTuple):
 
 
 def trace(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
+    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
 ) -> Traced:
     """Traces the evaluation of `model` on `batch`.
 
-    The arguments may be abstract. The model runs as in `evaluate`, but `nn.Dropout` layers are off.
+    The arguments may be abstract. The model runs as in `evaluate`, but dropout layers are off.
     """
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
-        with nn.intercept_methods(_interceptor()), observing(("trace", recognized_key())):
+        look = intercept_nnx(evaluate_nnx_layer)
+        with nn.intercept_methods(_interceptor()), look, observing(("trace", recognized_key())):
             output, after = _applied(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
         before = named_leaves(variables.get("batch_stats", {}))
@@ -178,35 +182,19 @@ def _evaluate_layer(layer: Any, function: Callable[..., Any], x: Any, mask: Any 
     """The layer's own evaluation, with the statistics that come out of the tap."""
     x = jnp.asarray(x)
     check_stored(layer, "mean", "var")
-    stored_mean, stored_var = (nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var"))
-    features = feature_axes(x.ndim, layer.axis)
-    mean, var = bind_tap(
-        x,
-        stored_mean,
-        stored_var,
-        features,
-        layer=layer_label(layer),
-        weights=None if mask is None else _mask_weights(function, mask, x, features),
-        domain=domain_of(domain, getattr(layer, "num_domains", None), x.shape, features),
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-    )
+    stored = {key: nn.meta.unbox(layer.get_variable("batch_stats", key)) for key in ("mean", "var")}
+    own = function is BatchNorm.__call__
+    mean, var = chosen_statistics(layer, layer_label(layer), x, **stored, mask=mask, domain=domain, own_masks=own)
     variables = {"params": layer.variables.get("params", {}), "batch_stats": {"mean": mean, "var": var}}
     evaluated = layer.clone(parent=None, name=None, use_running_average=True)
     options = {"mask": mask, "domain": domain}
     return evaluated.apply(variables, x, **{k: v for k, v in options.items() if v is not None}, method=function)
 
 
-def _mask_weights(function: Callable[..., Any], mask: Any, x: Array, features: tuple[int, ...]) -> Array:
-    if function is BatchNorm.__call__:
-        return position_weights(mask, x.shape, features).astype(jnp.float32)
-    return flax_mask(mask, x.ndim)
-
-
-def check_layers(program: Program, model: nn.Module, variables: Mapping[str, Any]) -> None:
+def check_layers(program: Program, model: Model, variables: Mapping[str, Any]) -> None:
     """A traced model without batch-norm layers is an error, which lists what else it holds."""
     if not program.tap_inputs():
         raise ValueError(
-            f"`model` must run a batch-norm layer (flax.linen.BatchNorm, flaxbn.BatchNorm or flaxbn.BatchRenorm, or a "
-            f"subclass): {type(model).__name__} ran none in `call`. {what_is_held(variables)}"
+            f"`model` must run a batch-norm layer (BatchNorm of flax.linen, flax.nnx, flaxbn or flaxbn.nnx, a "
+            f"BatchRenorm, or a subclass): {model_name(model)} ran none in `call`. {what_is_held(variables)}"
         )

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from flaxbn.data.samples import hide
 from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import check_model
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.batch_stats import StoredLayers, named_leaves, stored_layers, with_wide_statistics
 from flaxbn.models.entries import candidates_in, read_layers
 from flaxbn.models.linen import Call, trace
@@ -53,8 +52,9 @@ RowsByLayer = Mapping[Path, Sequence[Row]]
 """What `rows_of` returns."""
 
 
+@takes_model
 def rows_of(
-    model: nn.Module, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
+    model: Model, variables: Mapping[str, Any], batch: Any, *, call: Call | None = None
 ) -> dict[Path, list[Row]]:
     """The rows of statistics of each layer that `call` runs, as the traced model reads them.
 
@@ -72,15 +72,15 @@ def rows_of(
         [('0', [0, 1, 2]), ('1', [3, 4, 5])]
 
     Args:
-        model: the model.
+        model: the model; for one of flax.nnx, `*nnx.split(model)` stands in the place of `model, variables`.
         variables: its variables; read only.
         batch: what `call` takes; the model is traced, and nothing is computed.
         call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
 
     Raises:
-        TypeError: if `model` is not a `flax.linen.Module`.
+        TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
     """
-    check_model(model)
+    model, variables = open_model(model, variables)
     batch_stats = variables.get("batch_stats", {})
     if not stored_layers(batch_stats).entries and not candidates_in(batch_stats):
         return {}

@@ -24,7 +24,9 @@ from flaxbn.models.recognized import recognized_key
 from flaxbn.tracing.jaxpr import Same
 
 _BUDGET = 2**16  # bytes of a snapshot, which is held for as long as what is compiled
+_GRAPH_BUDGET = 2**20  # of the graph of an nnx model, which spells out each attribute of each layer
 _PART_BYTES = 16  # of each part, about; a snapshot of so many parts takes a few milliseconds
+_ATOMS = frozenset({bool, int, str, type(None)})
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, type(None)})
 _NOT_FIELDS = frozenset({"parent", "scope", "_parent_ref", "_id", "_state", "_compact_name_scope_modules"})
 """What a Flax module holds that says where it is used, and not what it does."""
@@ -78,8 +80,10 @@ class _Snapshot:
     def of(self, value: Any) -> Hashable:
         kind = type(value)
         self._spend(_PART_BYTES)
-        if value is None or kind in (bool, int):
-            return kind, value
+        if kind in _ATOMS:
+            return self._atom(value)
+        if kind is _graph_type():
+            return self._graph(value)
         if isinstance(value, type):
             return self._class(value)
         if isinstance(value, enum.Enum) or _is_imported(value):
@@ -99,6 +103,32 @@ class _Snapshot:
         self._left -= size
         if self._left < 0:
             raise NotFrozenError(f"more than {_BUDGET} bytes")
+
+    def _atom(self, value: bool | int | str | None) -> Hashable:
+        if isinstance(value, str):
+            self._spend(len(value))
+        return type(value), value
+
+    def _graph(self, graph: Any) -> Hashable:
+        """The graph definition of an nnx model, which has tens of thousands of parts: most of them are atoms."""
+        self._left += _GRAPH_BUDGET
+        nodes = [self._slots(node) for node in graph.nodes]
+        return tuple(nodes), tuple([(type(key), key, self._slots(held)) for key, held in graph.attributes])
+
+    def _slots(self, part: Any) -> Hashable:
+        """A dataclass of the graph, by its type and fields."""
+        kind: Any = type(part)
+        self._spend(_PART_BYTES)
+        return Same(kind), tuple([self._quickly(getattr(part, name)) for name in _field_names(kind)])
+
+    def _quickly(self, value: Any) -> Hashable:
+        """What `of` gives, with a short way for atoms and dictionaries of them."""
+        if type(value) in _ATOMS:
+            return self._atom(value)
+        if type(value) is dict:
+            self._spend(_PART_BYTES * len(value))
+            return tuple([(type(key), key, self._quickly(held)) for key, held in value.items()])
+        return Same(value) if isinstance(value, type) and _is_found(value) else self.of(value)
 
     def _number(self, value: Any) -> Hashable:
         """Text, and numbers of Python and numpy."""
@@ -142,6 +172,8 @@ class _Snapshot:
             return self._all(value), self._extras(value, (list, tuple))
         if isinstance(value, set | frozenset):
             return frozenset(self._all(value)), self._extras(value, (set, frozenset))
+        if isinstance(value, jax.tree_util.PyTreeDef):
+            return self._all((value.node_data(), value.children()))
         if isinstance(value, slice):
             return self._all((value.start, value.stop, value.step))
         return self._object(value)
@@ -207,6 +239,20 @@ def _is_plain(kind: type, base: type) -> bool:
     larger = kind.__basicsize__ - base.__basicsize__ > _Plain.__basicsize__ - object.__basicsize__
     derived = kind.__mro__[: kind.__mro__.index(base)]
     return not larger and all("__module__" in vars(one) and not vars(one).get("__slots__") for one in derived)
+
+
+def _graph_type() -> Any:
+    """The class of graph definitions; None while flax.nnx is not loaded."""
+    nnx = sys.modules.get("flax.nnx")
+    return None if nnx is None else nnx.GraphDef
+
+
+@functools.lru_cache(maxsize=64)
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """The fields of a dataclass; another class is none of those that graphs are known to be made of."""
+    if not dataclasses.is_dataclass(kind):
+        raise NotFrozenError(f"a {kind.__name__}")
+    return tuple([field.name for field in dataclasses.fields(kind)])
 
 
 def _is_library(module: str) -> bool:

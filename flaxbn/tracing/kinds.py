@@ -36,8 +36,8 @@ def kind_of(eqn: Any) -> str:
         inside = next(e for j in subjaxprs(eqn) for e in tap_equations(opened(j)))
         raise ValueError(
             f"A batch-norm layer must not lie inside `{name}`, where its statistics cannot be chosen from outside: "
-            f"got {inside.params['layer']}. Use `nn.scan` in the place of a `while` loop, and call the model outside "
-            "of `shard_map`."
+            f"got {inside.params['layer']}. Use `nn.scan` or `nnx.scan` in the place of a `while` loop, and call the "
+            "model outside of `shard_map`."
         )
     return _KINDS[name]
 

@@ -1,4 +1,4 @@
-"""Run Flax's own tests of `flax.linen.BatchNorm` with `flaxbn.BatchNorm` in its place.
+"""Run Flax's own tests of `BatchNorm`, of Linen and of nnx, with `flaxbn.BatchNorm` and `flaxbn.nnx.BatchNorm` instead.
 
 The tests come from the source distribution of the installed Flax and run under its own pytest configuration.
 Arguments are passed on to pytest.
@@ -16,8 +16,7 @@ import tempfile
 import pytest
 
 CACHE = pathlib.Path(__file__).parents[2] / ".cache"
-# Not nnx/nn, whose tests ask that Linen's arithmetic and its copy in NNX agree to the last bit.
-FOLDERS = ("linen", "nnx/bridge")
+FOLDERS = ("linen", "nnx", "nnx/bridge", "nnx/nn")
 
 
 def download(version: str) -> pathlib.Path:
@@ -36,7 +35,7 @@ def download(version: str) -> pathlib.Path:
 
 
 def uses(path: pathlib.Path) -> bool:
-    return re.search(r"\b(nn|linen)\.BatchNorm\b", path.read_text()) is not None
+    return re.search(r"\b(nn|nnx|linen)\.BatchNorm\b", path.read_text()) is not None
 
 
 def main() -> int:

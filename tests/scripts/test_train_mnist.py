@@ -363,3 +363,16 @@ class _First:
 def _hide(monkeypatch, hidden):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find(name))
+
+
+@pytest.mark.processes
+def test_the_network_in_nnx_is_estimated_and_exported(tmp_path):
+    """The same pages of results as with Linen; what they say of each mode is the same."""
+    out = tmp_path / "run"
+    options = ("--api", "nnx", "--epochs", 2, "--modes", "population")
+    code, output = train(out, *options)
+    assert code == 0, output
+    modes = json.loads((out / "summary.json").read_text())["modes"]
+    assert modes["population"]["exported"]
+    assert all(check["independent"] for outcome in modes.values() for check in outcome["batch_independence"])
+    assert modes["population"]["test_accuracy"] > 0.8  # of ten classes, after 44 steps

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
@@ -23,6 +22,7 @@ from flaxbn.estimation.exact.segments import Segments
 from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.request import Request, has_other_names, request
 from flaxbn.layers.names import layer_name
+from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 from flaxbn.models.unseen import one_warning
 
@@ -132,8 +132,9 @@ def _size(count: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+@takes_model
 def plan(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     batches: Any,
     *,
@@ -180,6 +181,7 @@ def plan(
         [('layers_0', 1600, False), ('layers_2', 0, True)]
     """
     check_limit(memory_limit, "exact")
+    model, variables = open_model(model, variables)
     options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "sharding": sharding}
     data = open_batches(batches, batch_size, num_samples)
     first = data.shapes()[0] if has_other_names(variables) else None

@@ -17,6 +17,7 @@ from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
 from flaxbn.estimation.joined import first_not_finite
+from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.threads import Cores
 from flaxbn.tracing.measure import replace_seen
@@ -190,6 +191,6 @@ def fetch(asked: Request, batch: Batch) -> Values:
     whole, present = placed(batch.read(), asked.options.sharding)
     if batch.weights is None:
         batch.weights = batch.segments.sample_weights(batch.closed, jax.tree.leaves(whole), present)
-    keys = jax.tree.map(lambda key: jax.random.fold_in(key, batch.number), asked.rngs)
+    keys = fold_in(asked.rngs, batch.number)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))
     return {v: values[v] for v in batch.segments.live[0]}
