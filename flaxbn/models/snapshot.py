@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import FrozenDict
+from flax.typing import HashableMapping
 
 from flaxbn.models.recognized import recognized_key
 from flaxbn.tracing.jaxpr import Same
@@ -70,10 +71,11 @@ def snapshot(value: Any) -> Hashable:
 
 
 class _Snapshot:
-    """One snapshot under way: the modules seen so far, and the objects that enclose the present one."""
+    """One snapshot under way: the modules seen so far, what many layers share, what encloses the present object."""
 
     def __init__(self) -> None:
         self._modules: dict[int, int] = {}
+        self._shared: dict[int, Hashable] = {}
         self._around: set[int] = set()
         self._left = _BUDGET
 
@@ -122,13 +124,18 @@ class _Snapshot:
         return Same(kind), tuple([self._quickly(getattr(part, name)) for name in _field_names(kind)])
 
     def _quickly(self, value: Any) -> Hashable:
-        """What `of` gives, with a short way for atoms and dictionaries of them."""
-        if type(value) in _ATOMS:
+        """What `of` gives, with short ways for atoms, mappings of them, and what layer after layer holds."""
+        kind = type(value)
+        if kind in _ATOMS:
             return self._atom(value)
-        if type(value) is dict:
+        if kind is dict or kind is HashableMapping:
             self._spend(_PART_BYTES * len(value))
-            return tuple([(type(key), key, self._quickly(held)) for key, held in value.items()])
-        return Same(value) if isinstance(value, type) and _is_found(value) else self.of(value)
+            return kind, tuple([(type(key), key, self._quickly(held)) for key, held in value.items()])
+        if kind is not types.FunctionType and not isinstance(value, type):
+            return self.of(value)
+        if id(value) not in self._shared:
+            self._shared[id(value)] = self.of(value)
+        return self._shared[id(value)]
 
     def _number(self, value: Any) -> Hashable:
         """Text, and numbers of Python and numpy."""
