@@ -170,8 +170,8 @@ MUTATIONS = [
     Mutation(
         "entries: one numbering twice",
         "models/entries.py",
-        "means(layers.total))",
-        "(m + layers.total for m in means(0)))",
+        "zip(seen(0), seen(total))",
+        "((m, m if m is UNKNOWN else m + total) for m in seen(0))",
         "models/test_entries.py",
     ),
     Mutation(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flaxbn.models.recognized import recognized_classes
+
 Handler = Callable[[type, Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """`(class, its __call__, layer, arguments, keywords) -> output`: what runs in the place of a call."""
 
@@ -57,14 +59,12 @@ def intercept_nnx(handler: Handler) -> Iterator[None]:
 
 
 def looked_at() -> list[type]:
-    """The classes whose calls are seen: Flax's batch normalization and dropout, and our layers, if they are loaded.
-
-    A class that somebody else wrote joins here; what its call is to do when a model is traced, in `nnx_layers`.
-    """
+    """The classes whose calls are seen: Flax's batch normalization and dropout, our layers, and recognized classes."""
     from flax import nnx
 
     own = sys.modules.get("flaxbn.layers.nnx")
-    return [nnx.BatchNorm, nnx.Dropout, *([] if own is None else [own.BatchNorm])]
+    recognized = [cls for cls in recognized_classes() if issubclass(cls, nnx.Module) and "__call__" in vars(cls)]
+    return [*dict.fromkeys([nnx.BatchNorm, nnx.Dropout, *([] if own is None else [own.BatchNorm]), *recognized])]
 
 
 def _put(classes: list[type]) -> None:

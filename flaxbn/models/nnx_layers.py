@@ -6,12 +6,15 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxbn.layers.names import layer_name
+from flaxbn.models.recognized import Recognized, known_as
+from flaxbn.models.recognized_calls import chosen, told_to_evaluate
 from flaxbn.models.taps import chosen_statistics
 
 _PLACE = "_flaxbn_place"
@@ -66,21 +69,41 @@ def evaluate_nnx_layer(
     given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
     if is_dropout(cls):
         return given["inputs"]
+    said = known_as(type(layer), inspect.unwrap(function))
+    if said is not None:
+        return (
+            function(layer, *args, **kwargs)
+            if said[1] is None
+            else _evaluate_known(said[1], function, layer, args, kwargs)
+        )
     x = jnp.asarray(given["x"])
     options = {name: given.get(name) for name in ("mask", "domain")}
     mean, var = chosen_statistics(
         layer, nnx_label(layer), x, layer.mean[...], layer.var[...], **options, own_masks=cls is not nnx.BatchNorm
     )
-    evaluated = _with_statistics(layer, mean, var)
+    evaluated = _with_statistics(layer, mean=mean, var=var)
     options = {name: value for name, value in options.items() if value is not None}
     return function(evaluated, x, use_running_average=True, **options)
 
 
-def _with_statistics(layer: Any, mean: Array, var: Array) -> Any:
+def _evaluate_known(known: Recognized, function: Callable[..., Any], layer: Any, args: Any, kwargs: Any) -> Any:
+    """A call of a layer of a recognized class, in evaluation, with the statistics that come out of its tap."""
+    label = nnx_label(layer)
+    fields, given = told_to_evaluate(layer, label, partial(hasattr, layer), known, function, args, kwargs)
+    mean, var = (getattr(layer, name)[...] for name in (known.mean, known.var))
+    statistics = chosen(layer, label, known, given.args[1], mean, var, given.arguments.get("mask"))
+    evaluated = _with_statistics(layer, **dict(zip((known.mean, known.var), statistics)))
+    for name, value in fields.items():
+        setattr(evaluated, name, value)
+    return function(evaluated, *given.args[1:], **given.kwargs)
+
+
+def _with_statistics(layer: Any, **statistics: Array) -> Any:
     """A copy of a layer with other statistics: the layer itself may be one whose change a transformation would see."""
     from flax import nnx
 
     graphdef, state = nnx.split(layer)
     own: Any = state
-    own["mean"], own["var"] = own["mean"].replace(mean), own["var"].replace(var)
+    for name, value in statistics.items():
+        own[name] = own[name].replace(value)
     return nnx.merge(graphdef, own)

@@ -129,6 +129,11 @@ def known_as(layer: type, function: Callable[..., Any]) -> tuple[Callable[..., A
     return None
 
 
+def recognized_classes() -> tuple[type, ...]:
+    """All classes of which somebody said something."""
+    return tuple(_table)
+
+
 def statistics_names() -> tuple[tuple[str, str], ...]:
     """The names of mean and variance that layers may have: those of Flax, and of the classes that are recognized."""
     pairs = (("mean", "var"), *((known.mean, known.var) for known in _table.values() if known is not None))

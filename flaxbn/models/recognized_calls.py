@@ -33,7 +33,8 @@ def evaluate_recognized(layer: nn.Module, known: Recognized, method: Callable[..
     Raises:
         ValueError: if the layer has no statistics, or those of another shape; or if it is not told to evaluate.
     """
-    fields, given = _told_to_evaluate(layer, known, method, args, kwargs)
+    is_field = getattr(layer, "__dataclass_fields__", {}).__contains__
+    fields, given = told_to_evaluate(layer, layer_label(layer), is_field, known, method, args, kwargs)
     check_stored(layer, known.mean, known.var)
     own_all(layer, (known.mean, known.var))
     mean, var = _chosen(layer, known, given.args[1], given.arguments.get("mask"))
@@ -60,16 +61,22 @@ def own_all(layer: nn.Module, statistics: Sequence[str] = (), *, below: bool = T
         owned_p.bind(jnp.asarray(leaf))
 
 
-def _told_to_evaluate(
-    layer: nn.Module, known: Recognized, method: Callable[..., Any], args: Any, kwargs: Any
+def told_to_evaluate(
+    layer: Any,
+    label: str,
+    is_field: Callable[[str], bool],
+    known: Recognized,
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> tuple[dict[str, Any], inspect.BoundArguments]:
-    """The fields that are to be set, and the arguments of the call."""
+    """The fields of a layer that are to be set so that it evaluates, and the arguments of the call."""
     signature = inspect.signature(inspect.unwrap(method))
     given, required = signature.bind_partial(layer, *args, **kwargs), inspect.Parameter.empty
     fields = {}
     for name, value in known.evaluation.items():
         parameter = signature.parameters.get(name)
-        if name in getattr(layer, "__dataclass_fields__", ()):
+        if is_field(name):
             fields[name] = value
             given.arguments.pop(name, None)
             if parameter is not None and parameter.default is required:
@@ -78,7 +85,7 @@ def _told_to_evaluate(
             given.arguments[name] = value
         else:
             raise ValueError(
-                f"{layer_label(layer)} must have a field or an argument {name!r}, by which `flaxbn.recognize` says "
+                f"{label} must have a field or an argument {name!r}, by which `flaxbn.recognize` says "
                 f"that it is told to evaluate: its call has the arguments {list(signature.parameters)[1:]}. Say by "
                 "`evaluation` how the class is told."
             )
@@ -96,17 +103,22 @@ def check_stored(layer: nn.Module, *names: str) -> None:
 
 
 def _chosen(layer: nn.Module, known: Recognized, x: Any, mask: Any) -> tuple[Array, Array]:
-    """The statistics that come out of the tap, in the shape of the stored ones."""
     mean, var = (nn.meta.unbox(layer.get_variable("batch_stats", name)) for name in (known.mean, known.var))
+    return chosen(layer, layer_label(layer), known, x, mean, var, mask)
+
+
+def chosen(
+    layer: Any, label: str, known: Recognized, x: Any, mean: Array, var: Array, mask: Any
+) -> tuple[Array, Array]:
+    """The statistics that come out of the tap of a layer, of Linen or nnx, in the shape of the stored ones."""
     features = feature_axes(jnp.ndim(x), known.feature_axis(layer))
-    name = layer_label(layer)
-    check_statistics(f"The statistics of {name}", mean, var, jnp.shape(x), features)
+    check_statistics(f"The statistics of {label}", mean, var, jnp.shape(x), features)
     return through_tap(
         x,
         mean,
         var,
         features,
-        layer=name,
+        layer=label,
         weights=None if mask is None else flax_mask(mask, jnp.ndim(x)),
         axis_name=getattr(layer, "axis_name", None),
         axis_index_groups=getattr(layer, "axis_index_groups", None),
