@@ -152,7 +152,7 @@ def open_batches(
             k + K, k + 2K, ...: all batches are of nearly equal size, and data sorted by class is mixed.
 
     Raises:
-        TypeError: if `batches` does not fit `batch_size`.
+        TypeError: if `batches` does not fit `batch_size`, or holds names that would have to be cut.
         ValueError: if a number is not positive, arrays have no common leading axis, or there are too few samples.
     """
     check_positive("batch_size", batch_size)
@@ -163,6 +163,7 @@ def open_batches(
     if batch_size is None:
         return Stream(batches, num_samples)
     arrays = to_auto(jax.tree.map(_as_array, batches))
+    _check_numbers(arrays)
     samples = count_samples(arrays)
     _check_enough(samples, num_samples)
     chosen = None if num_samples is None else np.arange(num_samples, dtype=np.int64) * samples // num_samples
@@ -216,6 +217,18 @@ def _check_kind(batches: Any, batch_size: int | None) -> None:
             f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
             "`batch_size` out for an iterator, whose batches are taken as they are."
         )
+
+
+def _check_numbers(arrays: Any) -> None:
+    """Arrays of names or objects cannot be cut on a device: an error that says where they can be."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+        dtype = getattr(leaf, "dtype", None)
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
+            raise TypeError(
+                f"`batches` must hold arrays of numbers where `batch_size` is given: got {dtype} at "
+                f"batches{jax.tree_util.keystr(path)}. Leave that array out, or number what it names; or give an "
+                "iterable of batches, in which names may stand."
+            )
 
 
 def _check_enough(seen: int, num_samples: int | None) -> None:

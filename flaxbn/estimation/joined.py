@@ -73,8 +73,8 @@ def merge_joined(steps: Sequence[Record], *, by_device: bool) -> Packed:
         else:
             merged = merge_along(moments)
             first_bad = first_not_finite(moments, merged, jnp)
-        first_single = jnp.where(jnp.any(single, 0), jnp.argmax(single, 0), jnp.inf)
         count, mean, var = merged
+        first_single = jnp.where(jnp.any(single, 0), jnp.argmax(single, 0).astype(var.dtype), jnp.inf)
         real = [field.astype(var.dtype) for field in (count, var, first_bad, first_single)]
         return [jnp.stack(real), mean] if jnp.iscomplexobj(mean) else [jnp.stack([*real, mean])]
 
@@ -93,7 +93,7 @@ def first_not_finite(steps: Moments, merged: Moments, xp: Any) -> Any:
     """
     finite = xp.isfinite(steps.count * steps.mean) & xp.isfinite(steps.count * steps.var) & xp.isfinite(steps.count)
     whole = xp.isfinite(merged.mean) & xp.isfinite(merged.var) & xp.isfinite(merged.count)
-    return xp.where(xp.all(finite, 0) & whole, xp.inf, xp.argmin(finite, 0))
+    return xp.where(xp.all(finite, 0) & whole, xp.inf, xp.argmin(finite, 0).astype(merged.var.dtype))
 
 
 def fetched(results: Sequence[Pending]) -> list[Result]:

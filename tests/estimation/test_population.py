@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ConvNet, Flattened, MaskedLayer, Noisy, OneLayer
+from models import ConvNet, Flattened, MaskedLayer, Noisy, OneLayer, train
 from oracle import assert_same_statistics, by_training_mode, merged, one_oracle
 
 import flaxbn
@@ -332,6 +332,19 @@ def test_many_positions_are_counted():
 
 def estimate(batches=X, model=ONE, variables=ONE_VARIABLES, **options):
     return flaxbn.estimate_population_stats(model, variables, batches, **options)
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+def test_strict_promotion_of_types(method):
+    with jax.numpy_dtype_promotion("strict"):
+        found = flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, X[:40], batch_size=20, method=method)
+    assert_same_statistics(found, by_training_mode(ONE, ONE_VARIABLES, [X[:40]], train))
+
+
+def test_names_cannot_be_cut():
+    batches = {"x": X[:4], "site": np.array(["a", "b", "a", "b"])}
+    with pytest.raises(TypeError, match=r"(?s)numbers where `batch_size`.*got <U1 at batches\['site'\].*iterable"):
+        flaxbn.estimate_population_stats(ONE, ONE_VARIABLES, batches, batch_size=2, call=lambda m, b: m(b["x"]))
 
 
 @pytest.mark.parametrize(
