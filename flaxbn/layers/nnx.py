@@ -168,15 +168,15 @@ class BatchNorm(nnx.Module):
                 holds, NaN included, reaches neither statistics, gradients nor other positions.
             domain: with `num_domains`, the number of the domain of the whole batch, or an int array (B,) along the
                 leading axis with that of each example. Each example is normalized by the statistics of its domain,
-                exactly as if it ran with the examples of that domain alone. A domain without examples is not updated,
-                nor is one with a single value per channel, which is normalized by its running average.
+                exactly as if it ran with the examples of that domain alone. A domain without examples is not updated.
                 A traced number out of range updates nothing and gives NaN.
-            update_running_average: update the stored statistics with this batch; by default in training. Channels
-                of total weight 0, or whose batch statistics are not finite, are not updated.
+            update_running_average: update the stored statistics with this batch; by default in training.
+
+        A channel is not updated, and normalized by its running average, where a mask or a domain leaves it no value or
+        a single one, whose own variance is 0, or where its sums overflow. Where it holds NaN it is not updated either.
 
         Returns:
-            The normalized input, in `dtype`, after `activation`. Channels of total weight 0 are normalized by the
-            running average.
+            The normalized input, in `dtype`, after `activation`.
 
         Raises:
             ValueError: if `x` has another number of features; if the mode is given neither here nor to the layer; if
