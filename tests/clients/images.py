@@ -112,7 +112,7 @@ class OwnBatchNorm(nn.Module):
 
 
 class Activations(nn.Module):
-    """As flaxmodels': a batch-norm class of its own, every stage in a dictionary of outputs, `normalize` at the door."""
+    """As flaxmodels': a batch-norm class of its own, stages in a dictionary of outputs, `normalize` at the door."""
 
     widths: tuple[int, ...] = (4, 6)
     normalize: bool = True

@@ -62,7 +62,7 @@ class Client:
     @property
     def batches(self) -> list[Any]:
         """The batches of an estimate."""
-        return [jax.tree.map(lambda a: a[k::PARTS], self.data) for k in range(PARTS)]
+        return [jax.tree.map(lambda a, k=k: a[k::PARTS], self.data) for k in range(PARTS)]
 
     @property
     def consecutive(self) -> list[Any]:
