@@ -4,7 +4,7 @@
 """
 
 import pytest
-from clients.clients import CLIENTS
+from clients.small import CLIENTS
 from clients.tools import TOOLS
 
 EVERYWHERE = ("apply", "precise", "exact", "plan", "domains", "compare")

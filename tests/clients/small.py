@@ -165,14 +165,17 @@ def conformer() -> Client:
     )
 
 
-def critics() -> Client:
-    flaxbn.recognize(sequences.OwnBatchRenorm)
+def transitions() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    data = {
+    return {
         "observation": rng.normal(3, 2, (SAMPLES, 4)).astype(np.float32),
         "action": rng.normal(size=(SAMPLES, 2)).astype(np.float32),
     }
-    return linen(sequences.VectorCritic(), data, run_critic, momentum=0.99, calls=3)
+
+
+def critics() -> Client:
+    flaxbn.recognize(sequences.OwnBatchRenorm)
+    return linen(sequences.VectorCritic(), transitions(), run_critic, momentum=0.99, calls=3)
 
 
 def scanned() -> Client:
