@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flaxbn.domains import weight_decay_mask as weight_decay_mask
     from flaxbn.estimation.exact.plan import Plan as Plan
     from flaxbn.estimation.exact.plan import plan as plan
+    from flaxbn.estimation.population import blend as blend
     from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
     from flaxbn.estimation.population import to_batch_stats as to_batch_stats
     from flaxbn.estimation.population_moments import population_moments as population_moments
@@ -59,6 +60,7 @@ _ROOMS = {
     "weight_decay_mask": "domains",
     "Plan": "estimation.exact.plan",
     "plan": "estimation.exact.plan",
+    "blend": "estimation.population",
     "estimate_population_stats": "estimation.population",
     "to_batch_stats": "estimation.population",
     "population_moments": "estimation.population_moments",
