@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
 from flaxbn.data.placement import by_step, padding, placed, shards
+from flaxbn.data.samples import hide
 from flaxbn.estimation.batch_pass import Pass, merge_buffer
 from flaxbn.estimation.chunks import Ahead, room
 from flaxbn.estimation.compiled import Shapes, shapes_of
@@ -174,7 +175,7 @@ def batch_moments(
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
     model, variables = open_model(model, variables)
-    batches = iter(batches)
+    batches = map(hide, batches)
     begin = [*islice(batches, 1)]
     first = abstract(begin[0]) if begin and has_other_names(variables) else None
     asked = request(model, variables, call=call, only=only, first=first, **options)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import count_samples
+from flaxbn.data.batches import check_numbers, count_samples
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
@@ -27,6 +27,7 @@ from flaxbn.models.linen import Call, evaluate, trace
 from flaxbn.models.places import Path
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 from flaxbn.models.unseen import WAYS_FORWARD, initial_holders, unseen
+from flaxbn.models.user_functions import CallError
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _PUT = {
@@ -97,6 +98,7 @@ def export_inference(
     model, variables = open_model(model, variables, evaluates=False)
     check_concrete("variables", variables)
     check_concrete("example", example)
+    check_numbers("example", example, "Leave it out: a file for inference takes numbers only.")
     _check_platforms(platforms)
     _check_containers("`example`", jax.tree.structure(example))
     require_flatbuffers()
@@ -211,10 +213,13 @@ def _exported(
         with _no_source_paths():
             return jax.export.export(jax.jit(predict), platforms=tuple(platforms))(batch)
     except Exception as error:
-        error.add_note(
+        note = (
             f"raised while exporting for {', '.join(platforms)} with a batch of any size: the model must not need "
             "the number of examples as a Python integer, nor what one of these platforms lacks"
         )
+        if isinstance(error, CallError):
+            raise CallError(f"{error}\n{note}") from error.__cause__
+        error.add_note(note)
         raise
 
 
