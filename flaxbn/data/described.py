@@ -55,13 +55,13 @@ def main_input(batch: Any, name: str = "batch") -> str | None:
     def rank(part: Part) -> tuple[int, bool]:
         return len(part.value.shape), part.value.dtype.kind not in "iu"
 
-    arrays = [
-        part for part in parts_of(batch, name) if getattr(getattr(part.value, "dtype", None), "kind", "") in _KINDS
-    ]
+    arrays = [part for part in parts_of(batch, name) if _is_of_numbers(part.value)]
     return max(arrays, key=rank).code if arrays else None
 
 
-_KINDS = "fciuV"  # those of numbers; bfloat16 and its like are V
+def _is_of_numbers(value: Any) -> bool:
+    """Whether this is an array that a model could take; bfloat16 and its like are of the kind V."""
+    return hasattr(value, "shape") and getattr(getattr(value, "dtype", None), "kind", " ") in "fciuV"
 
 
 def _is_list_of_values(node: Any) -> bool:

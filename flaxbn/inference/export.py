@@ -27,7 +27,6 @@ from flaxbn.models.linen import Call, evaluate, trace
 from flaxbn.models.places import Path
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 from flaxbn.models.unseen import WAYS_FORWARD, initial_holders, unseen
-from flaxbn.models.user_functions import CallError
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _PUT = {
@@ -213,13 +212,10 @@ def _exported(
         with _no_source_paths():
             return jax.export.export(jax.jit(predict), platforms=tuple(platforms))(batch)
     except Exception as error:
-        note = (
+        error.add_note(
             f"raised while exporting for {', '.join(platforms)} with a batch of any size: the model must not need "
             "the number of examples as a Python integer, nor what one of these platforms lacks"
         )
-        if isinstance(error, CallError):
-            raise CallError(f"{error}\n{note}") from error.__cause__
-        error.add_note(note)
         raise
 
 

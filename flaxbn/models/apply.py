@@ -35,6 +35,11 @@ def apply(
     and nothing is updated. This validates a model whose running average lags, or was never updated. Works under
     `jax.jit`, `jax.grad` and `jax.vmap`.
 
+    With `rngs={"dropout": key}` the dropout layers that draw from this collection run as `call` runs them. So
+    `apply(model, variables, batch, statistics="running", call=train_call, rngs={"dropout": key})` trains with frozen
+    statistics and with dropout, even a model whose one `train` flag turns both on: exactly what its own code computes
+    with `use_running_average=True` in its batch-norm layers, gradients included.
+
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
         >>> model = nn.BatchNorm(use_running_average=True)
@@ -50,14 +55,24 @@ def apply(
         variables: its variables, `batch_stats` included; read only.
         batch: what `call` takes.
         statistics: "running" for the stored statistics, "batch" for those of the batch.
-        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+        call: how the model is run, `(module, batch) -> output`; by default `module(batch)`. Batch-norm layers follow
+            `statistics`, whatever they are told here.
+        only: `path -> bool`, the layers that take the statistics of the batch, by their paths in `batch_stats` joined
+            by "/"; the others take the stored ones.
+        rngs: random keys by collection, as for `model.apply`. A dropout layer runs as `call` runs it if its collection
+            is among them, and is off otherwise; what else draws random numbers, attention with dropout of its own for
+            example, is for `call` to turn on or off. An nnx model draws from its own streams, into which these keys are
+            folded, so that each key gives other draws; it then runs in the mode in which it was split, so that
+            `model.train()` turns dropout on.
 
     Returns:
         What `call` returns.
 
     Raises:
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
-            would normalize by the statistics of a single value per channel.
+            would normalize by the statistics of a single value per channel; if `only` accepts no layer, or is given
+            without "batch"; if `rngs` name what no dropout layer of an nnx model draws from.
+        CallError: if the model does not run on the batch, with the `call` that might.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
 
     Warns:

@@ -10,7 +10,7 @@ import jax
 
 from flaxbn.data.batches import check_not_deleted
 from flaxbn.models.keys import fold_in
-from flaxbn.models.user_functions import CallError
+from flaxbn.models.user_functions import CallError, explained_anew
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,8 +75,8 @@ def takes_model(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except CallError as error:
-            explanation, cause = str(error), error.__cause__
-        raise CallError(explanation) from cause
+            explanation, cause = explained_anew(error), error.__cause__
+        raise explanation from cause
 
     return checked
 

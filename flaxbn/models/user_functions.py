@@ -34,6 +34,17 @@ class CallError(TypeError, ValueError):
           call=lambda module, batch: module(batch["image"])
     """
 
+    __module__ = "flaxbn"
+
+
+def explained_anew(error: CallError) -> CallError:
+    """The same error without the frames that it came through, and without what jax notes about those."""
+    anew = CallError(str(error))
+    for note in getattr(error, "__notes__", ()):
+        if "JAX has removed its internal frames" not in note:
+            anew.add_note(note)
+    return anew
+
 
 @contextlib.contextmanager
 def explained(must: str, given: Callable[[], str], cure: Callable[[Exception], str]) -> Iterator[None]:
