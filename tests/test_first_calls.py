@@ -35,6 +35,10 @@ class NeedsTrain(Net):
         return nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
 
 
+class StateWithStats(TrainState):
+    batch_stats: object
+
+
 class NnxNet(nnx.Module):
     def __init__(self, rngs):
         self.linear, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
@@ -134,6 +138,10 @@ MISTAKES = {
         run((MODEL, state(), X), batch_size=32),
         r"got TrainState\. Of a train state pass `\{\"params\": state.params, \"batch_stats\": state.batch_stats\}`\. "
         r"This TrainState has no statistics.*field `batch_stats: Any`.*`state.replace\(batch_stats=",
+    ),
+    "a train state with statistics": (
+        run((MODEL, StateWithStats.create(apply_fn=None, tx=optax.sgd(1.0), **VARIABLES), X), batch_size=32),
+        r'got StateWithStats\. Of a train state pass `\{"params": state.params, "batch_stats": state.batch_stats\}`\.$',
     ),
     "a train state for both": (run((state(), X), batch_size=32), r"got TrainState. Of a train state pass the module"),
     "an nnx model": (run((NnxNet(nnx.Rngs(0)), VARIABLES, X), batch_size=32), r"Pass `\*nnx.split\(model\)`"),

@@ -39,15 +39,13 @@ def explained_call(cls: type, call: Any, batch: Any, variables: Mapping[str, Any
 
 def _cure(error: Exception, call: Any, proposed: str | None, variables: Mapping[str, Any], module: str) -> str:
     """What to do about an error, by its class."""
-    kind, is_default = type(error).__name__, call is None
+    kind = type(error).__name__
     write = f"Say how the model evaluates one:\n  call=lambda {module}, batch: {proposed}"
     if kind == "InvalidRngError":
         return (
             "It draws random numbers: turn that off in `call`, by `deterministic=True` or what the model calls it, "
             'or hand it keys, `rngs={"dropout": key}` for example.'
         )
-    if is_default and proposed not in (None, f"{module}(batch)"):
-        return write
     if kind == "ScopeParamShapeError":
         return "All axes but the first must be as in the batch that `model.init` was given; one example is `x[None]`."
     if kind in ("ScopeCollectionNotFound", "ScopeVariableNotFoundError"):
@@ -55,11 +53,8 @@ def _cure(error: Exception, call: Any, proposed: str | None, variables: Mapping[
             f"`variables` hold {', '.join(map(repr, variables)) or 'nothing'}: they must be what `model.init` "
             'returned, `{"params": params, "batch_stats": batch_stats}`.'
         )
-    if (
-        not is_default
-        and proposed is not None
-        and isinstance(error, KeyError | IndexError | AttributeError | TypeError)
-    ):
+    misused = isinstance(error, KeyError | IndexError | AttributeError | TypeError)
+    if proposed is not None and (proposed != f"{module}(batch)" if call is None else misused):
         return write
     return f"Arrays are traced inside of it, as under `jax.jit`. {BEHIND}"
 
