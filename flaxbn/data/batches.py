@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.placement import to_auto
-from flaxbn.data.samples import common_length, gather_names, hide
+from flaxbn.data.samples import check_numbers, common_length, gather_names, hide
 from flaxbn.data.samples import count_samples as count_samples
 
 
@@ -61,6 +61,10 @@ class Arrays:
         """Each batch, to be read when it is needed."""
         return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
 
+    def length(self) -> int:
+        """How many batches there are."""
+        return sum(map(len, self.groups))
+
     def peeked(self) -> tuple[Any, "Arrays"]:
         """The first batch as shapes and dtypes (None without any), and all of the data."""
         return abstract(self.arrays, self.groups[0].shape[1]) if self.groups else None, self
@@ -99,6 +103,10 @@ class Stream:
             if seen == self.num_samples:
                 return
         _check_enough(seen, self.num_samples)
+
+    def length(self) -> int | None:
+        """How many batches there are, at most; None where only reading tells."""
+        return len(self.batches) if isinstance(self.batches, Sized) and not isinstance(self.batches, Iterator) else None
 
     def peeked(self) -> tuple[Any, "Stream"]:
         """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""
@@ -226,27 +234,6 @@ def _check_kind(batches: Any, batch_size: int | None) -> None:
             f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
             "`batch_size` out for an iterator, whose batches are taken as they are."
         )
-
-
-def check_numbers(name: str, arrays: Any, cure: str, where: str = "") -> None:
-    """Arrays of names or objects cannot be cut or kept on a device: an error that names the first.
-
-    Args:
-        name: what the user calls the argument.
-        arrays: the argument.
-        cure: what to do about it.
-        where: under which condition they must be numbers.
-
-    Raises:
-        TypeError: if there is one.
-    """
-    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
-            raise TypeError(
-                f"`{name}` must hold arrays of numbers{where}: got {dtype} at "
-                f"{name}{jax.tree_util.keystr(path)}. {cure}"
-            )
 
 
 def _check_enough(seen: int, num_samples: int | None) -> None:

@@ -80,6 +80,27 @@ def is_names(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and not is_array(leaf)
 
 
+def check_numbers(name: str, arrays: Any, cure: str, where: str = "") -> None:
+    """Arrays of names or objects cannot be cut or kept on a device: an error that names the first.
+
+    Args:
+        name: what the user calls the argument.
+        arrays: the argument.
+        cure: what to do about it.
+        where: under which condition they must be numbers.
+
+    Raises:
+        TypeError: if there is one.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
+            raise TypeError(
+                f"`{name}` must hold arrays of numbers{where}: got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}. {cure}"
+            )
+
+
 def common_length(arrays: Any) -> int | None:
     """The length of the leading axis that all leaves of `arrays` share; None where there is none."""
     lengths = {shape[0] if (shape := np.shape(leaf)) else None for leaf in jax.tree.leaves(arrays)}

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import check_numbers, count_samples
+from flaxbn.data.batches import count_samples
+from flaxbn.data.samples import check_numbers
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
