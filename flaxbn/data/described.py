@@ -30,7 +30,18 @@ def parts_of(batch: Any, name: str = "batch") -> list[Part]:
 
 
 def described(batch: Any, name: str = "batch") -> str:
-    """The parts of a batch, one a line: `  batch["image"]: float32 (32, 28, 28, 1)`."""
+    """The parts of a batch, one a line, as a message shows them.
+
+    Examples:
+        >>> import numpy as np
+        >>> print(described({"image": np.zeros((2, 8, 8, 1), np.float32), "site": ["north", "south"]}))
+          batch["image"]: float32 (2, 8, 8, 1)
+          batch["site"]: list of 2 str
+
+    Args:
+        batch: the batch, a pytree of anything.
+        name: what it is called.
+    """
     parts = parts_of(batch, name)
     lines = [f"  {part.code}: {kind_of(part.value)}" for part in parts[:_SHOWN]] or [f"  {name}: nothing"]
     if len(parts) > _SHOWN:
@@ -50,7 +61,16 @@ def kind_of(value: Any) -> str:
 
 
 def main_input(batch: Any, name: str = "batch") -> str | None:
-    """The part that a model most likely takes: the array with the most axes, of floats rather than integers."""
+    """The part that a model most likely takes: the array with the most axes, of floats rather than integers.
+
+    Examples:
+        >>> import numpy as np
+        >>> main_input((np.zeros((2, 8, 8, 1), np.uint8), np.ones(2, np.float32)))
+        'batch[0]'
+
+    Returns:
+        The code that reaches it; None where there is no array.
+    """
 
     def rank(part: Part) -> tuple[int, bool]:
         return len(part.value.shape), part.value.dtype.kind not in "iu"

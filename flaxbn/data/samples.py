@@ -48,7 +48,12 @@ def hide(batch: Any, *, numbers: bool = False) -> Any:
 
 
 def gather_names(batch: Any) -> Any:
-    """A batch whose lists of names are arrays of names, which have an axis of samples like all others."""
+    """A batch whose lists of names are arrays of names, which have an axis of samples like all others.
+
+    Examples:
+        >>> gather_names({"site": ["north", "south"]})["site"].shape
+        (2,)
+    """
 
     def is_list_of_names(node: Any) -> bool:
         return isinstance(node, list | tuple) and bool(node) and all(isinstance(item, str | bytes) for item in node)

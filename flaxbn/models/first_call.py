@@ -63,6 +63,18 @@ def proposal(cls: type, batch: Any, module: str) -> str | None:
     """How a model of this class may be run for evaluation, as code; None where nothing tells.
 
     A required argument gets the part of the batch that has its name, the value that turns training off, or `...`.
+
+    Examples:
+        >>> import numpy as np
+        >>> class Model:
+        ...     def __call__(self, x, mask, train): ...
+        >>> proposal(Model, {"image": np.zeros((2, 8, 8, 1)), "mask": np.ones(2)}, "module")
+        'module(batch["image"], mask=batch["mask"], train=False)'
+
+    Args:
+        cls: the class of the model, whose `__call__` is looked at.
+        batch: the batch.
+        module: what the model is called in the code.
     """
     runs = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     parameters = [] if runs is None else [*inspect.signature(runs).parameters.values()][1:]

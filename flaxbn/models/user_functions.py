@@ -87,7 +87,10 @@ def run_explained(name: str, wanted: str, function: Callable[..., Any], **given:
 
 
 def _raised_by(trace: TracebackType | None) -> str | None:
-    """The package whose code raised, by `raise` or `assert`; None where Python did, for a missing argument say."""
+    """The package whose code raised, by `raise` or `assert`; None where Python did, for a missing argument say.
+
+    The innermost frame tells: what its last instruction was, and whose module it belongs to.
+    """
     if trace is None:
         return None
     while trace.tb_next is not None:
