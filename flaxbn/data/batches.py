@@ -170,11 +170,9 @@ def open_batches(
         check_not_deleted("batches", batches)
     if batch_size is None:
         return Stream(batches, num_samples)
-    if in_order:
-        batches = gather_names(batches)
-    else:
-        check_numbers("batches", batches, _NAMES, " where `batch_size` is given")
-    arrays = to_auto(jax.tree.map(_as_array, batches))
+    arrays = to_auto(jax.tree.map(_as_array, gather_names(batches)))
+    if not in_order:
+        check_numbers("batches", arrays, _NAMES, " where `batch_size` is given")
     samples = count_samples(arrays)
     _check_enough(samples, num_samples)
     chosen = None if num_samples is None else np.arange(num_samples, dtype=np.int64) * samples // num_samples

@@ -98,7 +98,7 @@ def check_numbers(name: str, arrays: Any, cure: str, where: str = "") -> None:
         TypeError: if there is one.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        dtype = np.asarray(leaf).dtype if isinstance(leaf, str | bytes) else getattr(leaf, "dtype", None)
         if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
             raise TypeError(
                 f"`{name}` must hold arrays of numbers{where}: got {dtype} at "
