@@ -45,8 +45,8 @@ def note_compiled(make: Hashable, options: PassOptions, shapes: Hashable) -> Non
             "over is part of the program: give it as an array of jax, or the same in each call"
         )
     warnings.warn(
-        f"For one call of {model_class(options.model).__name__} five programs have been compiled by now, which takes long: "
-        f"{why}. (This is said once.)",
+        f"For one call of {model_class(options.model).__name__} five programs have been compiled by now, which takes "
+        f"long: {why}. (This is said once.)",
         stacklevel=frames_within() + 1,
     )
 
