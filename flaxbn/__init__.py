@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
     from flaxbn.models.mark import mark as mark
     from flaxbn.models.recognized import recognize as recognize
+    from flaxbn.models.user_functions import CallError as CallError
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _ROOMS = {
     "assert_batch_independent": "models.independence",
     "mark": "models.mark",
     "recognize": "models.recognized",
+    "CallError": "models.user_functions",
 }
 
 

@@ -114,6 +114,7 @@ def estimate_population_stats(
         metadata, as it was.
 
     Raises:
+        CallError: if the model does not run on a batch, with the `call` that might.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`
             does not fit `batch_size`.
         ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than

@@ -256,8 +256,16 @@ def name_unseen(path: Path, moments: Moments) -> str:
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
-    """The layers that `only` accepts, by their path joined by "/"; all where it is None. Numbers stay as they are."""
-    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_path(p))})
+    """The layers that `only` accepts, by their path joined by "/"; all where it is None. Numbers stay as they are.
+
+    Raises:
+        ValueError: if there are layers, and it accepts none.
+    """
+    wanted = {path: entries for path, entries in layers.entries.items() if only is None or only(layer_path(path))}
+    if layers.entries and not wanted:
+        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
+        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    return layers._replace(entries=wanted)
 
 
 def named_leaves(tree: Any) -> dict[Path, Any]:
