@@ -13,6 +13,8 @@ What is named here and in these two is public, and stays where it is; the rooms 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flaxbn.arithmetic.averages import Debiased as Debiased
+from flaxbn.arithmetic.averages import cumulative as cumulative
 from flaxbn.arithmetic.measure import measure as measure
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import merge as merge
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
     from flaxbn.models.mark import mark as mark
     from flaxbn.models.recognized import recognize as recognize
+    from flaxbn.models.steps import set_steps as set_steps
 
 __version__ = "0.1.0"
 
@@ -68,6 +71,7 @@ _ROOMS = {
     "assert_batch_independent": "models.independence",
     "mark": "models.mark",
     "recognize": "models.recognized",
+    "set_steps": "models.steps",
 }
 
 

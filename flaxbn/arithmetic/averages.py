@@ -96,7 +96,8 @@ def weight_of_new(momentum: Callable[[ArrayLike], ArrayLike], steps: Array) -> A
         return 1 / (steps + 1)
     if isinstance(momentum, Debiased):
         rate = math.log(momentum.momentum)  # 1 - m^t would cancel
-        return (momentum.momentum - 1) / jnp.expm1((steps + 1) * rate)
+        weight = (momentum.momentum - 1) / jnp.expm1((steps + 1) * rate)
+        return jnp.where(steps > 0, jnp.minimum(weight, 1), 1)  # nothing of what was there is left, to the last digit
     kept = momentum(steps)
     if not isinstance(kept, jax.core.Tracer) and not np.all((np.asarray(kept) >= 0) & (np.asarray(kept) <= 1)):
         raise ValueError(

@@ -121,7 +121,7 @@ def merge_groups(
     total = functools.partial(total_of_groups, axis_name=axis_name, axis_index_groups=axis_index_groups)
     count, first = total((deviations.count, deviations.count * pivots))
     pivot = rounded_mean(first, count)
-    mean = deviations.mean + (pivots - pivot)
+    mean = deviations.mean + (pivots - pivot[None])
     first, second = total((deviations.count * mean, deviations.count * (deviations.var + abs2(mean))))
     return pivot, Moments(count, *mean_and_var(count, first, second))
 
