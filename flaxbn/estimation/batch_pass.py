@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from flaxbn.arithmetic.moments import merge_along
 from flaxbn.data.placement import split_axes
 from flaxbn.data.samples import common_length
 from flaxbn.estimation.calls import Closed, LayerCalls
@@ -77,7 +78,7 @@ class Pass:
         if tap.site not in self.calls.entries:
             return stored_statistics(tap)
         self.calls.check_values(tap)
-        sharding = None if self.layout.by_device else self.layout.sharding
+        sharding = None if self.layout.has_parts else self.layout.sharding
         measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding)
         return *batch_statistics(tap, measured), Record.of(measured)
 
@@ -86,6 +87,8 @@ class Pass:
     ) -> list[Record]:
         """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
         sharding = self.layout.sharding
+        if self.layout.group is not None:
+            return self._group_moments(closed, variables, rngs, batch, present, step)
         if not self.layout.by_device or sharding is None:
             return self._moments(closed, variables, rngs, batch, present, step)
         axes = split_axes(sharding)
@@ -101,6 +104,18 @@ class Pass:
             on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
         )
         return spread(closed, variables, rngs, batch, present, step)
+
+    def _group_moments(
+        self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
+    ) -> list[Record]:
+        """The moments of a batch whose groups normalize by themselves, merged: another batch may have other groups."""
+        batch, present = jax.tree.map(lambda a: a.reshape(-1, self.layout.group, *a.shape[1:]), (batch, present))
+
+        def of_group(batch: Any, present: Any, number: Any) -> list[Record]:
+            return self._moments(closed, variables, fold_in(rngs, number), batch, present, step)
+
+        records = jax.vmap(of_group)(batch, present, jnp.arange(len(jax.tree.leaves(batch)[0])))
+        return [Record(merge_along(moments), jnp.any(single, 0)) for moments, single in records]
 
     def _scan(
         self,

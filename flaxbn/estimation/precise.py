@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
-from flaxbn.data.placement import by_step, padding, placed, shards
+from flaxbn.data.placement import by_step, padding, placed
 from flaxbn.estimation.batch_pass import Pass, merge_buffer
 from flaxbn.estimation.chunks import Ahead, room
 from flaxbn.estimation.compiled import Shapes, shapes_of
@@ -46,12 +46,12 @@ def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
     passes = Compiled(Pass, options)
     first = 0
     for places in data.groups:
-        present = padding(places.shape[1], shards(options.sharding))
+        present = padding(places.shape[1], options.layout.multiple)
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
-            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
+            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, present, first)
         else:
             begin = first
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
@@ -62,7 +62,9 @@ def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
         first += len(places)
 
 
-def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> Iterator[list[Pending]]:
+def _on_one_device(
+    compiled: Pass, args: tuple[Any, ...], places: np.ndarray, present: np.ndarray | None, first: int
+) -> Iterator[list[Pending]]:
     """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores."""
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
@@ -76,9 +78,9 @@ def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, fi
 
     if cores == 1:
         for begin, rows in parts:
-            yield [pending((begin, rows), compiled.scan(*args, rows, None, None, begin))]
+            yield [pending((begin, rows), compiled.scan(*args, rows, None, present, begin))]
         return
-    run = _with_room_for_all(compiled, args, parts)
+    run = _with_room_for_all(compiled, args, present, parts)
     with Cores(cores, tracing_options) as threads:
         for i in range(0, len(parts), cores):
             some = parts[i : i + cores]
@@ -86,7 +88,7 @@ def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, fi
 
 
 def _with_room_for_all(
-    compiled: Pass, args: tuple[Any, ...], parts: Sequence[tuple[int, np.ndarray]]
+    compiled: Pass, args: tuple[Any, ...], present: np.ndarray | None, parts: Sequence[tuple[int, np.ndarray]]
 ) -> Callable[[tuple[int, np.ndarray]], Packed]:
     """The pass over any of these parts; the merged result depends on how many there are by rounding only.
 
@@ -98,7 +100,7 @@ def _with_room_for_all(
 
     def run(part: tuple[int, np.ndarray]) -> Packed:
         begin, rows = part
-        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), None, begin)
+        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), present, begin)
 
     if key not in compiled.has_run:
         run((begin, longest[:0]))
@@ -109,8 +111,8 @@ def _with_room_for_all(
 def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
     """The key of a compiled pass: by the part of the batch that normalizes together, the last one that is not empty."""
     samples = None if present is None else int(np.sum(present))
-    if asked.options.by_device:
-        size = count_samples(batch) // shards(asked.options.sharding)
+    if asked.options.layout.has_parts:
+        size = asked.options.layout.part(count_samples(batch))
         batch = abstract(batch, size)
         samples = None if samples is None else (samples - 1) % size + 1
     return shapes_of(asked.variables, batch, asked.rngs, present=samples)
@@ -145,7 +147,7 @@ def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
     chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
     ahead = Ahead(_AHEAD)
     for step, batch in enumerate(data):
-        batch, present = placed(batch, options.sharding)
+        batch, present = placed(batch, options.sharding, options.layout.multiple)
         compiled, (closed,) = passes.find(_shapes(asked, batch, present))
         args = (closed, variables, rngs, jax.tree.leaves(batch), present, step)
         key, moments = compiled.moments_like(*args)

@@ -163,7 +163,7 @@ def test_a_target_network_follows_inside_a_scan():
 
     held = start(layer)
     (_, target), _ = jax.lax.scan(one, (held, held), BATCHES)
-    expected, average = 0.0, np.zeros((2, C)) + [[0.0], [1.0]]
+    expected, average = 0.0, np.array([[0.0] * C, [1.0] * C])
     for count, statistics in enumerate(haiku_average(STATISTICS, 0.9), 1):
         expected = 0.25 * count + 0.75 * expected
         average = 0.25 * statistics + 0.75 * average

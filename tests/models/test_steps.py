@@ -57,7 +57,7 @@ def test_what_is_no_number_of_updates_is_an_error(steps):
 
 
 def test_a_tree_that_can_hold_none_is_an_error():
-    with pytest.raises(ValueError, match="must hold layers that store `steps`.*a dict with 0 layers"):
+    with pytest.raises(ValueError, match=r"must hold layers that store `steps`.*a dict with 0 layers"):
         flaxbn.set_steps({"dense": {"u": np.ones(2)}}, 1)
     state = nnx.state(ours.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat)
     with pytest.raises(ValueError, match=r"a State with 1 layers and no `steps`.*`nnx.state\(model, nnx.BatchStat\)`"):
