@@ -100,6 +100,10 @@ class Stream:
                 return
         _check_enough(seen, self.num_samples)
 
+    def length(self) -> int | None:
+        """How many batches there are, at most; None where only reading tells."""
+        return len(self.batches) if isinstance(self.batches, Sized) and not isinstance(self.batches, Iterator) else None
+
     def peeked(self) -> tuple[Any, "Stream"]:
         """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""
         batches = iter(self)

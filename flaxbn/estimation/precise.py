@@ -1,6 +1,6 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -8,21 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
-from flaxbn.data.placement import by_step, padding, placed
-from flaxbn.estimation.batch_pass import Pass, merge_buffer
-from flaxbn.estimation.chunks import Ahead, room
-from flaxbn.estimation.compiled import Shapes, shapes_of
-from flaxbn.estimation.joined import Packed, Pending, Record, fetched
+from flaxbn.data.batches import Arrays, Stream, abstract
+from flaxbn.data.placement import by_step, padding
+from flaxbn.estimation.batch_pass import Pass, key_of_pass
+from flaxbn.estimation.compiled import shapes_of
+from flaxbn.estimation.joined import Packed, Pending, fetched
 from flaxbn.estimation.layer_moments import Result, check_finite, check_several, checked_tree, merged_by_layer
 from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
+from flaxbn.estimation.stream import run_stream
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.linen import Call
-
-_AHEAD = 2  # batches of a stream: one is computed while the next is read
-_OPEN = 4  # buffers of a stream, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
 
 
 def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
@@ -32,7 +29,7 @@ def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
     single value, are an error. What comes last is one transfer.
     """
     results: list[Result] = []
-    for some in _scan_arrays(asked, data) if isinstance(data, Arrays) else _run_stream(asked, data):
+    for some in _scan_arrays(asked, data) if isinstance(data, Arrays) else run_stream(asked, data):
         found = fetched(some)
         check_finite(found, asked.layers)
         check_several(found, asked.layers)
@@ -49,7 +46,7 @@ def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
         present = padding(places.shape[1], options.layout.multiple)
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
-        compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
+        compiled, (closed,) = passes.find(key_of_pass(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
             yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, present, first)
         else:
@@ -106,60 +103,6 @@ def _with_room_for_all(
         run((begin, longest[:0]))
         compiled.has_run.add(key)
     return run
-
-
-def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
-    """The key of a compiled pass: by the part of the batch that normalizes together, the last one that is not empty."""
-    samples = None if present is None else int(np.sum(present))
-    if asked.options.layout.has_parts:
-        size = asked.options.layout.part(count_samples(batch))
-        batch = abstract(batch, size)
-        samples = None if samples is None else (samples - 1) % size + 1
-    return shapes_of(asked.variables, batch, asked.rngs, present=samples)
-
-
-class _Chunk:
-    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
-
-    def __init__(self, like: Pass, moments: list[Record]) -> None:
-        self.steps: list[int] = []
-        self._like = like
-        self._buffer = room(moments, like.chunk)
-
-    def add(self, compiled: Pass, *args: Any) -> Any:
-        """Takes one batch more; returns a token, which is ready when it is done."""
-        self._buffer, done = compiled.step(self._buffer, len(self.steps), *args)
-        self.steps.append(args[-1])
-        return done
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.steps) == self._like.chunk
-
-    def merged(self) -> Pending:
-        return self._like.pending(self.steps, merge_buffer(self._buffer, by_device=self._like.layout.by_device))
-
-
-def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
-    """However many shapes there are, few buffers are open: the one that was used longest ago is merged."""
-    options, variables, rngs = asked[:3]
-    passes = Compiled(Pass, options)
-    chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
-    ahead = Ahead(_AHEAD)
-    for step, batch in enumerate(data):
-        batch, present = placed(batch, options.sharding, options.layout.multiple)
-        compiled, (closed,) = passes.find(_shapes(asked, batch, present))
-        args = (closed, variables, rngs, jax.tree.leaves(batch), present, step)
-        key, moments = compiled.moments_like(*args)
-        chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
-        ahead.started(chunk.add(compiled, *args))
-        if chunk.is_full:
-            yield [chunk.merged()]
-        else:
-            chunks[key] = chunk
-        if len(chunks) > _OPEN:
-            yield [chunks.pop(next(iter(chunks))).merged()]
-    yield [chunk.merged() for chunk in chunks.values()]
 
 
 def batch_moments(
