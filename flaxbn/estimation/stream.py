@@ -57,7 +57,7 @@ def run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
     waiting: deque[Callable[[], list[Pending]]] = deque()
     with Lanes(cores, tracing_options) as threads:
         lanes = [_Lane(asked, is_thread=threads.number > 1) for _ in range(threads.number)]
-        most = _in_group(data.length(), len(lanes))
+        most = in_group(data.length(), len(lanes))
         for lane, group in zip(cycle(range(len(lanes))), _groups(asked, chain(first, batches), most)):
             if not group.compiled.has_stepped:  # it is compiled here: each thread would do so by itself
                 while waiting:
@@ -78,7 +78,7 @@ def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:
     return (placed(batch, asked.options.sharding, asked.options.layout.multiple) for batch in data)
 
 
-def _in_group(batches: int | None, lanes: int) -> int | None:
+def in_group(batches: int | None, lanes: int) -> int | None:
     """How many batches make a group, so that all lanes get as many; None where their number is not known."""
     if not batches:
         return None
