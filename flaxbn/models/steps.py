@@ -9,8 +9,8 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array
 
-from flaxbn.models.batch_stats import dict_names, leaf_shapes
-from flaxbn.models.places import Path, named_pairs
+from flaxbn.models.batch_stats import dict_names, named_leaves, stored_layers
+from flaxbn.models.places import Path
 
 
 def set_steps(batch_stats: Any, steps: float | Array) -> Any:
@@ -41,15 +41,14 @@ def set_steps(batch_stats: Any, steps: float | Array) -> Any:
     """
     if np.ndim(steps) or not (isinstance(steps, jax.core.Tracer) or 0 <= float(steps) < np.inf):
         raise ValueError(f"`steps` must be one number of at least 0: got {steps}.")
-    shapes = leaf_shapes(batch_stats)
-    layers = set(named_pairs(shapes))
+    layers = set(stored_layers(batch_stats).places)
 
     def updated(path: Any, leaf: Any) -> Any:
         names = dict_names(path)
         is_steps = names[-1:] == ("steps",) and names[:-1] in layers
         return jnp.full(np.shape(leaf), steps, jnp.float32) if is_steps else leaf
 
-    if any((*path, "steps") in shapes for path in layers):
+    if any(names[-1:] == ("steps",) and names[:-1] in layers for names in named_leaves(batch_stats)):
         return jax.tree_util.tree_map_with_path(updated, batch_stats)
     if not layers or not isinstance(batch_stats, dict | FrozenDict):
         raise ValueError(
