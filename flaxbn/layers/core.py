@@ -30,7 +30,7 @@ from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
 from flaxbn.layers.arguments import Mode, Options
 from flaxbn.layers.arranged import Arranged, arrange, check_values
 from flaxbn.layers.batch import Batch
-from flaxbn.layers.ghost import in_groups, merged
+from flaxbn.layers.ghost import in_groups, merged, spread_in_group
 from flaxbn.layers.running_average import Stored, read_steps, row_of, update_stored
 
 _Compute = Callable[..., tuple[Array, "Batch | None"]]
@@ -184,7 +184,7 @@ def _normalized(
         bias=_leading(bias, selected.pivot),
         epsilon=options.epsilon,
         residual=selected.residual,
-        spread=arranged.sharing.spread,
+        spread=arranged.sharing.spread if how["lanes"] == 1 else spread_in_group(arranged.sharing),
     )
     return y, batch
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flaxbn.arithmetic.groups import Sharing
 from flaxbn.arithmetic.moments import merge_groups, total_of_groups
 from flaxbn.layers.arguments import Options
 from flaxbn.layers.arranged import Arranged
@@ -49,23 +50,29 @@ def in_groups(normalized: Callable[[Arranged], tuple[Array, Any]], size: int, ar
     return y.reshape(x.shape), others
 
 
+def spread_in_group(sharing: Sharing) -> Callable[[Array], Array]:
+    """`sharing.spread` in a group, whose gradient is summed within the group before it is summed over groups.
+
+    Of both sums XLA would make one, over the batch, beside that of each group, which is needed too: for the gradient of
+    `bias`, one more pass over all values. It does not see through the barrier.
+    """
+    return lambda statistics: sharing.spread(jax.lax.optimization_barrier(statistics))
+
+
 def merged(options: Options, arranged: Arranged, groups: Batch) -> Batch:
     """The statistics of all groups, of all members of `axis_name`, as those of one batch, by the law of total variance.
 
     A group that holds a single value, by which nothing is normalized, counts here as it does in a batch without groups.
     """
     across: dict[str, Any] = {"axis_name": options.axis_name, "axis_index_groups": options.axis_index_groups}
-    deviations, usable = groups.deviations, groups.usable
+    deviations, usable, unit = groups.deviations, groups.usable, 1
     if arranged.weights is None and arranged.sharing.domain is None:
-        # Where groups are alike nothing is left to sum. One that overflows has an infinite variance, as all have then.
+        # Groups of one size weigh the same. One that overflows has an infinite variance, and so have all then.
         alike = (len(usable), *[1] * (usable.ndim - 1))
-        values = arranged.x.size // usable.size
-        count = jnp.full(alike, values, deviations.count.dtype)
-        deviations, usable = deviations._replace(count=count), jnp.ones(alike, bool)
+        unit = arranged.x.size // usable.size
+        deviations, usable = deviations._replace(count=jnp.ones(alike, deviations.count.dtype)), jnp.ones(alike, bool)
     pivot, found = merge_groups(groups.pivot, deviations, **across)
     some = (deviations.count > 0).astype(found.var.dtype)
     values = total_of_groups(some + usable, **across)  # two for a group that holds several
-    shape = found.mean.shape
-    return Batch(
-        pivot, found._replace(count=jnp.broadcast_to(found.count, shape)), jnp.broadcast_to(values >= 2, shape)
-    )
+    count, usable = (jnp.broadcast_to(a, found.mean.shape) for a in (unit * found.count, values >= 2))
+    return Batch(pivot, found._replace(count=count), usable)
