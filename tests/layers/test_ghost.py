@@ -248,7 +248,11 @@ def test_domains_of_members_are_merged_by_their_numbers():
 @pytest.mark.usefixtures("devices")
 def test_a_sharded_batch_is_the_same():
     x = data(shape=(MEMBERS * V, C))
-    y, stats = train(ghost(), jax.device_put(x, NamedSharding(mesh(), SPLIT)))
+    split = jax.device_put(x, NamedSharding(mesh(), SPLIT))
+    y, stats = train(ghost(), split)
+    normalize = jax.jit(lambda x: train(ghost(), x)[0]).lower(split).compile()
+    assert "all-reduce" not in normalize.as_text()  # devices exchange nothing to normalize
+    assert "all-gather" not in normalize.as_text()
     expected = np.concatenate([batch_norm(x[k : k + V], SCALE, BIAS) for k in range(0, len(x), V)])
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     assert_update(stats, x)
