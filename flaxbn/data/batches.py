@@ -61,6 +61,10 @@ class Arrays:
         """Each batch, to be read when it is needed."""
         return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
 
+    def length(self) -> int:
+        """How many batches there are."""
+        return sum(map(len, self.groups))
+
     def peeked(self) -> tuple[Any, "Arrays"]:
         """The first batch as shapes and dtypes (None without any), and all of the data."""
         return abstract(self.arrays, self.groups[0].shape[1]) if self.groups else None, self
