@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from flaxbn import domains as domains
     from flaxbn import linen as linen
     from flaxbn import nnx as nnx
+    from flaxbn import torch as torch
     from flaxbn.data.placement import data_sharding as data_sharding
     from flaxbn.data.progress import progress_bar as progress_bar
     from flaxbn.domains import weight_decay_mask as weight_decay_mask
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # What a training does not need is loaded when it is asked for: the layers add 15 ms to importing Flax, all of it 60.
-_MODULES = ("diagnostics", "domains", "linen", "nnx")
+_MODULES = ("diagnostics", "domains", "linen", "nnx", "torch")
 _ROOMS = {
     "data_sharding": "data.placement",
     "progress_bar": "data.progress",
