@@ -13,6 +13,8 @@ What is named here and in these two is public, and stays where it is; the rooms 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flaxbn.arithmetic.averages import Debiased as Debiased
+from flaxbn.arithmetic.averages import cumulative as cumulative
 from flaxbn.arithmetic.measure import measure as measure
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import merge as merge
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
     from flaxbn.models.mark import mark as mark
     from flaxbn.models.recognized import recognize as recognize
+    from flaxbn.models.steps import set_steps as set_steps
     from flaxbn.models.user_functions import CallError as CallError
 
 __version__ = "0.1.0"
@@ -75,6 +78,7 @@ _ROOMS = {
     "mark": "models.mark",
     "recognize": "models.recognized",
     "CallError": "models.user_functions",
+    "set_steps": "models.steps",
 }
 
 

@@ -31,7 +31,7 @@ def estimate_population_stats(
     keep_unseen: bool = False,
     memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
-    normalization_batch: Literal["global", "device"] = "global",
+    normalization_batch: Literal["global", "device"] | int = "global",
     rngs: Mapping[str, Array] | None = None,
     check_independence: bool = True,
     progress: Progress | None = None,
@@ -100,7 +100,8 @@ def estimate_population_stats(
         normalization_batch: which samples normalize together in a precise pass: "global", the whole batch, over all
             devices; or "device", each device's part of it by itself, as in a training under `jax.pmap` without
             `axis_name`, for statistics that are to resemble those that the weights were trained with. There is then
-            no communication between devices until the end of the pass.
+            no communication between devices until the end of the pass. Or a number: so many consecutive samples of a
+            batch by themselves, as in training with `virtual_batch_size`; what is left at its end is a smaller group.
         rngs: random keys that `call` needs; each batch gets its own.
         check_independence: for `method="exact"`, check on one batch that examples do not affect each other; it costs
             little, and without it a model that mixes them gets statistics that depend on the batch size after all.

@@ -45,7 +45,7 @@ def request(
     only: Callable[[str], bool] | None,
     sharding: NamedSharding | None,
     rngs: Mapping[str, Array] | None,
-    normalization_batch: str = "global",
+    normalization_batch: str | int = "global",
     first: Any = None,
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie.
@@ -59,7 +59,7 @@ def request(
     if not layers.entries:
         _raise_without_layers(variables, model)
     wanted = select(layers, only)
-    by_device = _check_normalization_batch(normalization_batch, sharding)
+    _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
         model=model,
@@ -68,7 +68,8 @@ def request(
         wanted=frozenset(wanted.entries),
         read=read,
         sharding=sharding,
-        by_device=by_device,
+        by_device=normalization_batch == "device",
+        group=None if isinstance(normalization_batch, str) else int(normalization_batch),
         tracing=tracing_options(),
     )
     arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
@@ -86,9 +87,13 @@ def _check_variables(variables: Mapping[str, Any], rngs: Mapping[str, Array] | N
     check_concrete("rngs", rngs)
 
 
-def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:
-    if normalization_batch not in ("global", "device"):
-        raise ValueError(f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}.')
+def _check_normalization_batch(normalization_batch: Any, sharding: NamedSharding | None) -> None:
+    is_size = hasattr(normalization_batch, "__index__") and not isinstance(normalization_batch, bool)
+    if normalization_batch not in ("global", "device") and not (is_size and normalization_batch >= 1):
+        raise ValueError(
+            f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}. A positive integer '
+            "stands for so many consecutive samples, each group of which normalizes by itself."
+        )
     if normalization_batch == "device" and sharding is None:
         raise ValueError(
             'With `normalization_batch="device"` each device normalizes by its own part of a batch: say by `sharding` '
@@ -99,7 +104,6 @@ def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding
             "`sharding` must lie on devices of this process, each of which reads its own part of the data and merges "
             "at the end: use `flaxbn.data_sharding()`."
         )
-    return normalization_batch == "device"
 
 
 def tracing_options() -> tuple[Any, ...]:
