@@ -206,8 +206,8 @@ def _parsed(content: bytes, path: pathlib.Path) -> dict[str, Any]:
         version = metadata["format_version"]
         valid = type(version) is int and 1 <= version <= _LAST_FORMAT
         later = valid and version > FORMAT_VERSION
-        valid &= later or all(isinstance(metadata[field], kind) for field, kind in _FIELDS.items())
-        valid &= later or all(map(_is_name, (*metadata["versions"].values(), *metadata["platforms"])))
+        valid = later or (valid and all(isinstance(metadata[field], kind) for field, kind in _FIELDS.items()))
+        valid = later or (valid and all(map(_is_name, (*metadata["versions"].values(), *metadata["platforms"]))))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(_not_metadata(path)) from error
     if later:
