@@ -22,7 +22,9 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, results, train_mnist, training = map(importlib.import_module, ("data", "results", "train_mnist", "training"))
+data, mode_results, results, train_mnist, training = map(
+    importlib.import_module, ("data", "mode_results", "results", "train_mnist", "training")
+)
 
 MODES = ["none", "running", "unestimated", "population"]
 
@@ -131,7 +133,7 @@ def begin(out, config):
 
 @pytest.mark.processes
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
-    options = ("--epochs", 5, "--modes", "running", "population", "--norm", "renorm")
+    options = ("--epochs", 5, "--seeds", 1, "--modes", "running", "population", "--norm", "renorm")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = begin_training(whole, *options)
     process = begin_training(killed, *options)
@@ -214,8 +216,8 @@ def test_every_example_counts_once():
 
 
 def test_spread_is_the_root_mean_square_change():
-    assert results.epoch_to_epoch_spread([0.5, 0.9, 0.6]) == pytest.approx(math.sqrt((0.4**2 + 0.3**2) / 2))
-    assert results.epoch_to_epoch_spread([0.5]) is None
+    assert mode_results.epoch_to_epoch_spread([0.5, 0.9, 0.6]) == pytest.approx(math.sqrt((0.4**2 + 0.3**2) / 2))
+    assert mode_results.epoch_to_epoch_spread([0.5]) is None
 
 
 def test_a_file_is_replaced_only_when_complete(tmp_path):
@@ -369,7 +371,7 @@ def _hide(monkeypatch, hidden):
 def test_the_network_in_nnx_is_estimated_and_exported(tmp_path):
     """The same pages of results as with Linen; what they say of each mode is the same."""
     out = tmp_path / "run"
-    options = ("--api", "nnx", "--epochs", 2, "--modes", "population")
+    options = ("--api", "nnx", "--epochs", 2, "--seeds", 1, "--modes", "population")
     code, output = train(out, *options)
     assert code == 0, output
     modes = json.loads((out / "summary.json").read_text())["modes"]
