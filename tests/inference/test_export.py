@@ -144,6 +144,12 @@ class Counts(nn.Module):
         return nn.Dense(3)(x) * calls.value
 
 
+def test_the_precision_of_the_check_is_not_exported(tmp_path):
+    text = flaxbn.load_inference(export(tmp_path)).exported.mlir_module()
+    assert "dot_general" in text
+    assert "HIGHEST" not in text
+
+
 def test_a_model_without_batch_norm_layers_has_no_statistics(tmp_path):
     variables = Counts().init(jax.random.key(0), X)
     inference = flaxbn.load_inference(export(tmp_path, model=Counts(), variables=variables))
