@@ -73,7 +73,7 @@ class Config(options.Distributed, options.Training):
     epochs: int = 8
     learning_rate: float = 0.03
     schedule: Literal["cosine", "constant"] = "constant"
-    seeds: int = 5
+    seeds: int = 3
     preset: Literal["default", "article", "settled"] = "default"
     """article: the running average lags, as by default, but for MNIST. settled: small steps, with which it keeps up."""
     dataset: str = "digits"
