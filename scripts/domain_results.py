@@ -93,9 +93,7 @@ def _distance(stats: dict[str, jax.Array], reference: dict[str, jax.Array]) -> d
 
 def table(summary: dict[str, Any], names: Sequence[str]) -> Table:
     """One row for each variant and the statistics it is tested with."""
-    several = any(outcome["seeds"] > 1 for outcome in finished(summary).values())
-    title = "test accuracy" + (", mean ± standard deviation over seeds" if several else "")
-    rows = Table(title=title, caption=tables.diverged(summary))
+    rows = Table(title="test accuracy, mean ± standard deviation over seeds", caption=tables.diverged(summary))
     for column in ("variant", "statistics at the test", "as in\ntraining"):
         rows.add_column(column)
     for name in names:
