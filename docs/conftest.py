@@ -1,8 +1,8 @@
 """The documentation's examples run on eight simulated devices, and print what the pages say that they print.
 
 Code in a tab goes on with the code before it that is in no tab or in one of the same name. The text in a fence
-`text output` is that of the code before it, figures apart, which differ between machines;
-`FLAXBN_WRITE_OUTPUT=1 make readme` puts it there.
+`text output` is that of the code before it, numbers apart, which differ between machines. `FLAXBN_WRITE_OUTPUT=1 make
+readme` puts it there, and the figures that the code saves.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,11 +57,18 @@ class ChecksOutput(DefaultRunner):
     """Runs code, and compares what it prints with the output that stands behind it."""
 
     def runtest(self, test, args, *, asyncio_runner=None):
+        """Called for each block, whose code begins with that of the blocks that it continues."""
         lines, printed = test.source.split("\n"), io.StringIO()
         lines[test.start_line - 1] = f"print({_HERE!r})"  # the line of the fence, behind the code that goes before
-        with contextlib.redirect_stdout(printed):
+        with (
+            contextlib.redirect_stdout(printed),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+        ):
             marked = dataclasses.replace(test, source="\n".join(lines))
             super().runtest(marked, args, asyncio_runner=asyncio_runner)
+            for figure in Path(folder).glob("*.png") if WRITES else ():
+                shutil.copy(figure, test.source_path.parent)
         place = output_behind(test.source_path.read_text().splitlines(), test.start_line)
         if place is None:
             return
@@ -84,7 +92,7 @@ def output_behind(lines, start):
     closed = next(number for number in range(start, len(lines)) if lines[number].startswith("```"))
     fences = (number for number in range(closed + 1, len(lines)) if lines[number].startswith("```"))
     opened = next(fences, None)
-    if opened is None or lines[opened] != "```text output":
+    if opened is None or not lines[opened].startswith("```text output"):
         return None
     last = next(fences)
     return opened + 1, last, lines[opened + 1 : last]

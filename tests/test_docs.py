@@ -1,8 +1,10 @@
 """What the documentation names exists, and what is public is in it."""
 
 import ast
+import base64
 import functools
 import io
+import json
 import operator
 import re
 import tokenize
@@ -40,7 +42,7 @@ def exists(name):
 def sections(page):
     """The text under each heading that holds a formula."""
     parts = re.split(r"^##+ (.*)$", PAGES[page], flags=re.MULTILINE)[1:]
-    return {title: text for title, text in zip(parts[::2], parts[1::2]) if "```text" in text}
+    return {title: text for title, text in zip(parts[::2], parts[1::2]) if "```math" in text}
 
 
 def test_named_tests_exist():
@@ -58,6 +60,30 @@ def test_each_formula_names_its_function_and_its_test():
     found = sections("mathematics.md")
     assert len(found) > 12
     assert {title for title, text in found.items() if not (REFERENCES.search(text) and TESTS.search(text))} == set()
+
+
+def test_the_code_of_the_readme_runs_on_the_first_page():
+    """The examples of the pages are run as tests; the README shows a part of them."""
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^```python notest\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    assert [len(code.splitlines()) for code in shown] == [6, 6]
+    assert [code in PAGES["index.md"] for code in shown] == [True, True]
+    assert len(readme.split()) <= 900
+
+
+@pytest.mark.parametrize(
+    ("notebook", "figure"), [("1_erratic_validation", "erratic_validation"), ("2_two_datasets", "domains")]
+)
+def test_figures_are_those_of_the_notebooks(notebook, figure):
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    shown = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    (drawn,) = (data["image/png"] for data in shown if "image/png" in data)
+    assert base64.b64decode(drawn) == (ROOT / "docs" / f"{figure}.png").read_bytes()
+
+
+def test_alternative_texts_say_what_is_seen():
+    texts = [alt for page in PAGES.values() for alt in re.findall(r"!\[([^\]]*)\]\(", page)]
+    assert [alt for alt in texts if len(alt.split()) < 12] == []
 
 
 def test_everything_public_is_in_the_reference():
