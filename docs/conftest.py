@@ -11,7 +11,6 @@ import dataclasses
 import io
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +28,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 WRITES = os.environ.get("FLAXBN_WRITE_OUTPUT", "0") != "0"
 _written: list[tuple[Path, int, int, list[str]]] = []
 """File, first line, last line and new text of each output to be put there."""
+_drawn: dict[Path, bytes] = {}
+"""The figures that code saved; that of the first tab counts."""
 _HERE = "<output of this block>"
 
 
@@ -68,7 +69,7 @@ class ChecksOutput(DefaultRunner):
             marked = dataclasses.replace(test, source="\n".join(lines))
             super().runtest(marked, args, asyncio_runner=asyncio_runner)
             for figure in Path(folder).glob("*.png") if WRITES else ():
-                shutil.copy(figure, test.source_path.parent)
+                _drawn.setdefault(test.source_path.parent / figure.name, figure.read_bytes())
         place = output_behind(test.source_path.read_text().splitlines(), test.start_line)
         if place is None:
             return
@@ -82,6 +83,8 @@ class ChecksOutput(DefaultRunner):
 
 def pytest_sessionfinish():
     """Puts outputs there where that is asked for, the last of a page first, so that lines keep their numbers."""
+    for path, content in _drawn.items():
+        path.write_bytes(content)
     for path, first, last, found in sorted(_written, key=lambda output: output[:2], reverse=True):
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines[:first], *found, *lines[last:]]) + "\n")

@@ -106,6 +106,10 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
         if noise:
             panel.plot(batches, places, "|", color=BATCH, markersize=12, markeredgewidth=2, label="noise of a batch")
         panel.set(xscale="log", xlabel=label)
+        low, high = panel.get_xlim()
+        wider = max(1.0, (100 * low / high) ** 0.5)  # two decades at least, so that there are ticks to read
+        panel.set_xlim(low / wider, high * wider)
+        panel.xaxis.set_minor_formatter("")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(records)), [record.layer for record in records])
