@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = markdown.replace("../benchmarks/results/", "benchmarks/")
     markdown = re.sub(r"\.\./notebooks/(\w+)\.ipynb", r"notebooks/\1.md", markdown)
     markdown = re.sub(r"^```math\n(.*?)^```$", displayed, markdown, flags=re.MULTILINE | re.DOTALL)
-    markdown = re.sub(r"\$`(.+?)`\$", lambda found: convert(found[1]), markdown)
+    markdown = re.sub(r"\$`(.+?)`\$", lambda found: f"<span>{convert(found[1])}</span>", markdown)
     markdown = re.sub(r"^```text output wrapped$", "``` {.text .wrapped}", markdown, flags=re.MULTILINE)
     return re.sub(r"^```(\w+) (continuation|notest|output)$", r"```\1", markdown, flags=re.MULTILINE)
 
