@@ -84,7 +84,7 @@ def test_notebooks_show_findings_and_all_layers(found):
     html = found._repr_html_()
     assert "<b>lagging average: BatchNorm_0</b>" in html
     assert f"<pre>{escape(found.findings[0].code)}</pre>" in html
-    assert [cell in html for cell in ("<td style=\"text-align: left\">BatchNorm_1</td>", ">batch</th>")] == [True, True]
+    assert [cell in html for cell in ('<td style="text-align: left">BatchNorm_1</td>', ">batch</th>")] == [True, True]
     assert "Nothing is wrong" in diagnostics.Diagnosis(findings=())._repr_html_()
 
 
@@ -96,7 +96,7 @@ def test_records_are_a_tuple_that_prints_as_a_table(found):
     record = found.drift[0]
     mean = f"{record.rms_shift:.2g}\u00b1{record.shift_error:.1g}*"
     assert first.split()[:4] == ["BatchNorm_0", f"0/{record.channels}", mean, f"{record.shift.worst:.2g}"]
-    assert f"<td style=\"text-align: right\">{mean}</td>" in found.drift._repr_html_()
+    assert f'<td style="text-align: right">{mean}</td>' in found.drift._repr_html_()
 
 
 def test_the_line_of_code_is_in_the_words_of_the_user():
