@@ -19,6 +19,8 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         folder = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
         text, resources = MarkdownExporter().from_filename(str(path), resources=folder)
+        question = re.search(r"^# (.*)", text, flags=re.MULTILINE)
+        text = text.replace("![png]", f"![The answer in one figure: {question[1] if question else path.stem}]")
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
