@@ -8,7 +8,15 @@ Rows = Sequence[Sequence[str]]
 
 
 def as_text(rows: Rows, left: Sequence[bool]) -> str:
-    """A line for each row; columns are two spaces apart, set to the left where `left` says so, else to the right."""
+    """A line for each row, the cells of a column below each other.
+
+    Args:
+        rows: the head and the rows below it, of as many cells each.
+        left: of each column, whether its cells begin below each other; else they end so, as numbers should.
+
+    Returns:
+        The lines, with two spaces between columns and none at the end.
+    """
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(cell.ljust(w) if start else cell.rjust(w) for cell, w, start in zip(row, widths, left)).rstrip()
@@ -17,7 +25,13 @@ def as_text(rows: Rows, left: Sequence[bool]) -> str:
 
 
 def as_html(rows: Rows, left: Sequence[bool], caption: str = "") -> str:
-    """The same as an HTML table, under a caption."""
+    """The same as an HTML table, for `_repr_html_`.
+
+    Args:
+        rows: the head and the rows below it; what HTML would read as marks is shown as it is.
+        left: of each column, whether it is set to the left; else to the right.
+        caption: a sentence above the table.
+    """
 
     def line(row: Sequence[str], tag: str) -> str:
         sides = ("left" if start else "right" for start in left)

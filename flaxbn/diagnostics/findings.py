@@ -78,7 +78,13 @@ _IN_NNX = (
 
 
 def to_be_pasted(finding: Finding, *, is_nnx: bool, has_call: bool) -> Finding:
-    """The finding with its line of code in the words of the user: of flax.nnx, and with the `call` that was given."""
+    """The finding with its line of code in the words of the user.
+
+    Args:
+        finding: with the line as its trap has it, for Linen.
+        is_nnx: whether the model is one of flax.nnx.
+        has_call: whether `call` was given, which the line then hands on.
+    """
     code = finding.code
     for linen, nnx in _IN_NNX if is_nnx else ():
         code = re.sub(linen, nnx, code)
