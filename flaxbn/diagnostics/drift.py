@@ -141,7 +141,7 @@ def drift_table(
 
     Args:
         records: of `compare`.
-        noise: that of a batch, by layer; there are columns for it then, with a dash for layers of which it is not known.
+        noise: that of a batch, by layer; there are columns for it then, with a dash where it is not known.
 
     Returns:
         The head, then a row of cells for each record; and of each column, whether it is set to the left.
