@@ -185,7 +185,7 @@ noise of the batch that its bounds clip, of the examples shuffled |
         subject = Subject.of(model, variables, batches, **options, counter=counter)
         subject.note_unseen()
         meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
-        words = {"is_nnx": is_opened_nnx(model), "has_call": call is not None}
+        words: dict[str, Any] = {"is_nnx": is_opened_nnx(model), "has_call": call is not None, "batch_size": batch_size}
         if meaningless:
             return Diagnosis(tuple(to_be_pasted(finding, **words) for finding in meaningless))
         evidence = gather(subject, loss_fn, domain, epsilon)

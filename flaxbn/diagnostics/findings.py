@@ -6,7 +6,9 @@ from html import escape
 
 HARMLESS_SHARE = 1e-3
 """The part of a normalized value's variance up to which a change is harmless, however small the noise of a batch."""
-ESTIMATE = 'variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, data, batch_size=256)'
+SIZE = ", batch_size=256"
+"""The size of batches in a line of code, until that of the user is known."""
+ESTIMATE = f'variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, data{SIZE})'
 """The line of code that cures statistics which do not fit the data."""
 
 
@@ -77,18 +79,21 @@ _IN_NNX = (
 """What a line of code says for Linen, and what it says for flax.nnx."""
 
 
-def to_be_pasted(finding: Finding, *, is_nnx: bool, has_call: bool) -> Finding:
+def to_be_pasted(finding: Finding, *, is_nnx: bool, has_call: bool, batch_size: int | None) -> Finding:
     """The finding with its line of code in the words of the user.
 
     Args:
         finding: with the line as its trap has it, for Linen.
         is_nnx: whether the model is one of flax.nnx.
         has_call: whether `call` was given, which the line then hands on.
+        batch_size: that which was given; None where data is an iterable, which has its own.
     """
     code = finding.code
     for linen, nnx in _IN_NNX if is_nnx else ():
         code = re.sub(linen, nnx, code)
-    return replace(finding, code=code.replace("batch_size=", "call=call, batch_size=") if has_call else code)
+    if has_call:
+        code = code.replace(SIZE, f", call=call{SIZE}")
+    return replace(finding, code=code.replace(SIZE, "" if batch_size is None else f", batch_size={batch_size}"))
 
 
 def percent(share: float) -> str:

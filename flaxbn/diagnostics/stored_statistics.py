@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from flaxbn.diagnostics.drift import Drift
 from flaxbn.diagnostics.evidence import Evidence
-from flaxbn.diagnostics.findings import ESTIMATE, HARMLESS_SHARE, Finding, Trap, percent
+from flaxbn.diagnostics.findings import ESTIMATE, HARMLESS_SHARE, SIZE, Finding, Trap, percent
 from flaxbn.diagnostics.noise import BatchNoise, by_layer
 
 NEVER_ESTIMATED = Trap(
@@ -35,7 +35,7 @@ MIXED_DOMAINS = Trap(
     "mixed domains",
     "Keep statistics for each domain: `flaxbn.domains.estimate` and `flaxbn.domains.select` for this model, "
     "`num_domains` in a new one.",
-    'stats = flaxbn.domains.estimate(model, variables, {"one": one, "other": other}, batch_size=256)',
+    f'stats = flaxbn.domains.estimate(model, variables, {{"one": one, "other": other}}{SIZE})',
 )
 
 

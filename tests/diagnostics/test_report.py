@@ -103,14 +103,14 @@ def test_the_line_of_code_is_in_the_words_of_the_user():
     x = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     options = {"loss_fn": lambda output, batch: output.sum(-1), "batch_size": 32}
     (finding,) = diagnostics.diagnose(*nnx.split(x), X, **options).findings
-    estimate = "flaxbn.estimate_population_stats(*nnx.split(model), data, batch_size=256)"
+    estimate = "flaxbn.estimate_population_stats(*nnx.split(model), data, batch_size=32)"
     assert str(finding).splitlines()[2] == f"    nnx.update(model, {estimate})"
     variables = {"batch_stats": {"mean": np.zeros(4), "var": np.ones(4)}, "params": {}}
     norm = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
-    (finding,) = diagnostics.diagnose(norm, variables, X, call=lambda m, b: m(b), **options).findings
-    assert finding.code == (
-        'variables["batch_stats"] = flaxbn.estimate_population_stats(model, variables, data, call=call, batch_size=256)'
-    )
+    batches = [*X.reshape(8, 32, 4)]  # which have their size
+    (finding,) = diagnostics.diagnose(norm, variables, batches, options["loss_fn"], call=lambda m, b: m(b)).findings
+    estimate = "flaxbn.estimate_population_stats(model, variables, data, call=call)"
+    assert finding.code == f'variables["batch_stats"] = {estimate}'
 
 
 @pytest.mark.parametrize(("package", "report"), [("rich", diagnostics.table), ("matplotlib", diagnostics.figure)])
