@@ -89,6 +89,7 @@ def test_everything_public_is_in_the_reference():
         "flaxbn.diagnostics",
         "flaxbn.linen",
         "flaxbn.nnx",
+        "flaxbn.torch",
     }
     public |= {f"flaxbn.diagnostics.{name}" for name in imported_names(flaxbn.diagnostics)}
     public |= {f"flaxbn.nnx.{name}" for name in imported_names(flaxbn.nnx)}

@@ -170,6 +170,7 @@ noise of the batch that its bounds clip, of the examples shuffled |
             since what is found decides what is looked at. `flaxbn.progress_bar()` shows it.
 
     Raises:
+        CallError: if the model does not run on a batch, or `loss_fn` or `domain` fails.
         ValueError: if the model has no batch-norm layer, which is seen before data are read if `batch_stats` tells; if
             there are fewer than two batches, or of several sizes; or an argument does not fit, as in `gap`.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`

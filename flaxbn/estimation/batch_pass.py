@@ -17,9 +17,9 @@ from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
-from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.sharded import measure_sharded
+from flaxbn.models.keys import fold_in
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap

@@ -11,6 +11,7 @@ import numpy as np
 from flaxbn.data.batches import Arrays, Stream, abstract
 from flaxbn.data.placement import by_step, padding, shards
 from flaxbn.data.progress import Counter
+from flaxbn.data.samples import hide
 from flaxbn.estimation.batch_pass import Pass, key_of_pass
 from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.joined import Packed, fetched
@@ -130,7 +131,7 @@ def batch_moments(
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
     model, variables = open_model(model, variables)
-    batches = iter(batches)
+    batches = map(hide, batches)
     begin = [*islice(batches, 1)]
     first = abstract(begin[0]) if begin and has_other_names(variables) else None
     asked = request(model, variables, call=call, only=only, first=first, **options)

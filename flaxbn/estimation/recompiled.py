@@ -7,7 +7,7 @@ from typing import Any
 
 from flaxbn.estimation.compiled import PassOptions
 from flaxbn.estimation.recent import Recent
-from flaxbn.models.arguments import model_name
+from flaxbn.models.arguments import model_class
 from flaxbn.models.snapshot import NotFrozenError, snapshot
 from flaxbn.models.unseen import frames_within
 from flaxbn.tracing.jaxpr import Hashed, Same
@@ -45,8 +45,8 @@ def note_compiled(make: Hashable, options: PassOptions, shapes: Hashable) -> Non
             "over is part of the program: give it as an array of jax, or the same in each call"
         )
     warnings.warn(
-        f"For one call of {model_name(options.model)} five programs have been compiled by now, which takes long: "
-        f"{why}. (This is said once.)",
+        f"For one call of {model_class(options.model).__name__} five programs have been compiled by now, which takes "
+        f"long: {why}. (This is said once.)",
         stacklevel=frames_within() + 1,
     )
 

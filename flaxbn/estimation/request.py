@@ -9,11 +9,10 @@ from jaxtyping import Array
 
 from flaxbn.data.placement import on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import PassOptions
-from flaxbn.estimation.keys import fold_in
-from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import Model, check_concrete, model_name, open_model, random_keys
+from flaxbn.models.arguments import Model, check_concrete, model_class, open_model, random_keys
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.entries import candidates_in, pairs_read
+from flaxbn.models.keys import fold_in
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Pair
 from flaxbn.models.unseen import what_is_held
@@ -57,7 +56,9 @@ def request(
     _check_variables(variables, rngs)
     read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
     layers = stored_layers(variables["batch_stats"], read)
-    wanted = _wanted_layers(layers, only, model, variables)
+    if not layers.entries:
+        _raise_without_layers(variables, model)
+    wanted = select(layers, only)
     by_device = _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
@@ -135,24 +136,15 @@ def check_stored(variables: Any, model: Model) -> None:
 
 def _raise_without_layers(variables: Any, model: Model) -> NoReturn:
     raise ValueError(
-        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_name(model)} has none. "
-        f"{what_is_held(variables)}"
+        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_class(model).__name__} "
+        f"has none. {what_is_held(variables)}"
     )
-
-
-def _wanted_layers(
-    layers: StoredLayers, only: Callable[[str], bool] | None, model: Model, variables: Any
-) -> StoredLayers:
-    if not layers.entries:
-        _raise_without_layers(variables, model)
-    wanted = select(layers, only)
-    if not wanted.entries:
-        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
-        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
-    return wanted
 
 
 def _check_batch_stats(variables: Any) -> None:
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")
+        raise ValueError(
+            f"`variables` must hold the collection 'batch_stats': got {received}. Pass what `model.init` returned, or "
+            '`{"params": params, "batch_stats": batch_stats}`; a model without batch normalization has none.'
+        )

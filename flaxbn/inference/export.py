@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import count_samples
+from flaxbn.data.samples import check_numbers
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
@@ -97,6 +98,7 @@ def export_inference(
     model, variables = open_model(model, variables, evaluates=False)
     check_concrete("variables", variables)
     check_concrete("example", example)
+    check_numbers("example", example, "Leave it out: a file for inference takes numbers only.")
     _check_platforms(platforms)
     _check_containers("`example`", jax.tree.structure(example))
     require_flatbuffers()

@@ -207,7 +207,12 @@ def domain_of(
 
 def _check_in_range(domain: np.ndarray, num_domains: int) -> None:
     if not np.issubdtype(domain.dtype, np.integer):
-        raise TypeError(f"`domain` must be of integers: got {domain.dtype}.")
+        raise TypeError(
+            f"`domain` must be of integers: got {domain.dtype}. Number names by one list for training and evaluation, "
+            "`number = {name: i for i, name in enumerate(names)}`, and pass `numpy.array([number[n] for n in domain])`."
+            if domain.dtype.kind in "OSU"
+            else f"`domain` must be of integers: got {domain.dtype}."
+        )
     if not np.all((domain >= 0) & (domain < num_domains)):
         raise ValueError(
             f"`domain` must lie in [0, {num_domains}): got numbers from {np.min(domain)} to {np.max(domain)}."

@@ -10,9 +10,10 @@ import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge, widen
 from flaxbn.data.batches import count_samples
+from flaxbn.data.samples import gather_names, hide, is_array, is_names
 from flaxbn.models.arguments import Model, is_opened_nnx, open_model, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
-from flaxbn.models.linen import Call, evaluate, is_array, trace
+from flaxbn.models.linen import Call, evaluate, trace
 from flaxbn.tracing.measure import measure_tap
 from flaxbn.tracing.primitive import Tap
 
@@ -70,9 +71,10 @@ def assert_batch_independent(
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
     """
     model, variables = open_model(model, variables, evaluates=False)
+    batch = gather_names(batch)
     if count_samples(batch) < 2:
         raise ValueError("`batch` must hold at least two examples, to be cut into parts: got one.")
-    whole = jax.tree.map(jnp.asarray, batch)
+    whole = jax.tree.map(lambda a: a if is_names(a) else jnp.asarray(a), batch)
     parts = [jax.tree.map(lambda a, rows=rows: a[rows], whole) for rows in split(count_samples(whole))]
     layers, found = _stored_moments(model, variables, whole, call)
     measured = [_stored_moments(model, variables, part, call)[1] for part in parts]
@@ -141,7 +143,7 @@ def _stored_moments(
     model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None
 ) -> tuple[list[str], list[Any]]:
     """The layer of each call, and the moments and dtype of its input, with the stored statistics."""
-    variables = with_wide_statistics(variables)
+    variables, batch = with_wide_statistics(variables), hide(batch)
     program = trace(model, variables, batch, call, None).program
 
     def on_tap(tap: Tap) -> Any:
@@ -159,7 +161,7 @@ def outputs(model: Model, variables: Mapping[str, Any], batch: Any, call: Call |
         output = evaluate(model, variables, batch, call)
         return [leaf for leaf in jax.tree.leaves(output) if is_array(leaf) and leaf.ndim]
 
-    return [np.asarray(leaf) for leaf in run(variables, batch)]
+    return [np.asarray(leaf) for leaf in run(variables, hide(batch))]
 
 
 def _check_outputs(evaluation: str, whole: Sequence[np.ndarray], *parts: Sequence[np.ndarray]) -> None:
