@@ -9,81 +9,95 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream, abstract
-from flaxbn.data.placement import by_step, padding, shards
+from flaxbn.data.placement import by_step, padding
+from flaxbn.data.progress import Counter
+from flaxbn.data.samples import hide
 from flaxbn.estimation.batch_pass import Pass, key_of_pass
 from flaxbn.estimation.compiled import shapes_of
-from flaxbn.estimation.joined import Packed, Pending, fetched
+from flaxbn.estimation.joined import Packed, fetched
 from flaxbn.estimation.layer_moments import Result, check_finite, check_several, checked_tree, merged_by_layer
 from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
-from flaxbn.estimation.stream import run_stream
+from flaxbn.estimation.stream import Passed, run_stream
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.linen import Call
 
+_REPORTS = 20  # about so often a pass over arrays tells how far it is, where anybody looks
 
-def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
+
+def precise_pass(asked: Request, data: Arrays | Stream, counter: Counter) -> list[Result]:
     """The moments of all batches, in chunks.
 
     Each is looked at as soon as it is there, since a stream may have no end: moments that are not finite, or of a
     single value, are an error. What comes last is one transfer.
     """
     results: list[Result] = []
-    for some in _scan_arrays(asked, data) if isinstance(data, Arrays) else run_stream(asked, data):
+    counter.expect(data.length())
+    passed = _scan_arrays(asked, data, counter) if isinstance(data, Arrays) else run_stream(asked, data)
+    for batches, some in passed:
         found = fetched(some)
         check_finite(found, asked.layers)
         check_several(found, asked.layers)
         results += found
+        counter.add(batches)
     return results
 
 
-def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
+def _scan_arrays(asked: Request, data: Arrays, counter: Counter) -> Iterator[Passed]:
     options, variables, rngs = asked[:3]
     arrays = data.on_device() if options.sharding is None else None
     passes = Compiled(Pass, options)
     first = 0
     for places in data.groups:
-        present = padding(places.shape[1], shards(options.sharding))
+        present = padding(places.shape[1], options.layout.multiple)
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(key_of_pass(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
-            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
+            parts = _REPORTS if counter.is_watched else 1
+            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, present, first, parts)
         else:
             begin = first
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
                 batches = jax.device_put(data.take(chunk), by_step(options.sharding))
                 packed = compiled.scan(closed, variables, rngs, batches, None, None, present, begin)
-                yield [compiled.pending(range(begin, begin + len(chunk)), packed)]
+                yield len(chunk), [compiled.pending(range(begin, begin + len(chunk)), packed)]
                 begin += len(chunk)
         first += len(places)
 
 
-def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> Iterator[list[Pending]]:
-    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores."""
+def _on_one_device(
+    compiled: Pass, args: tuple[Any, ...], places: np.ndarray, present: np.ndarray | None, first: int, least: int
+) -> Iterator[Passed]:
+    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
+
+    There are at least so many parts, if there are as many batches.
+    """
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
     cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // len(leaves[0]))
-    own = np.array_split(places, max(cores, -(-len(places) // compiled.chunk)))
+    number = max(cores, -(-len(places) // compiled.chunk), min(least, len(places)))
+    own = np.array_split(places, -(-number // cores) * cores)
     parts = [(first + begin, part) for begin, part in zip(np.cumsum([0, *map(len, own)]).tolist(), own)]
 
-    def pending(part: tuple[int, np.ndarray], packed: Packed) -> Pending:
-        begin, rows = part
-        return compiled.pending(range(begin, begin + len(rows)), packed)
+    def passed(some: Sequence[tuple[int, np.ndarray]], packed: Sequence[Packed]) -> Passed:
+        found = [compiled.pending(range(begin, begin + len(rows)), one) for (begin, rows), one in zip(some, packed)]
+        return sum(len(rows) for _, rows in some), found
 
-    if cores == 1:
+    if cores == least == 1:
         for begin, rows in parts:
-            yield [pending((begin, rows), compiled.scan(*args, rows, None, None, begin))]
+            yield passed([(begin, rows)], [compiled.scan(*args, rows, None, present, begin)])
         return
-    run = _with_room_for_all(compiled, args, parts)
+    run = _with_room_for_all(compiled, args, present, parts)
     with Cores(cores, tracing_options) as threads:
         for i in range(0, len(parts), cores):
             some = parts[i : i + cores]
-            yield [*map(pending, some, threads.each(run, some))]
+            yield passed(some, threads.each(run, some))
 
 
 def _with_room_for_all(
-    compiled: Pass, args: tuple[Any, ...], parts: Sequence[tuple[int, np.ndarray]]
+    compiled: Pass, args: tuple[Any, ...], present: np.ndarray | None, parts: Sequence[tuple[int, np.ndarray]]
 ) -> Callable[[tuple[int, np.ndarray]], Packed]:
     """The pass over any of these parts; the merged result depends on how many there are by rounding only.
 
@@ -95,7 +109,7 @@ def _with_room_for_all(
 
     def run(part: tuple[int, np.ndarray]) -> Packed:
         begin, rows = part
-        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), None, begin)
+        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), present, begin)
 
     if key not in compiled.has_run:
         run((begin, longest[:0]))
@@ -117,7 +131,7 @@ def batch_moments(
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
     model, variables = open_model(model, variables)
-    batches = iter(batches)
+    batches = map(hide, batches)
     begin = [*islice(batches, 1)]
     first = abstract(begin[0]) if begin and has_other_names(variables) else None
     asked = request(model, variables, call=call, only=only, first=first, **options)

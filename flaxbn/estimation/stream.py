@@ -20,6 +20,9 @@ from flaxbn.estimation.threads import Lanes, lanes_for
 _AHEAD = 1  # groups of a lane: one is computed while the next is read
 _OPEN = 4  # buffers of a lane, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
 
+Passed = tuple[int, list[Pending]]
+"""How many batches more a pass has taken, and the chunks that were merged."""
+
 
 class _Group:
     """Batches of one shape that are computed by one program.
@@ -44,7 +47,7 @@ class _Group:
         return count, closed, asked.variables, asked.rngs, batches, present, np.asarray(numbers, np.int32)
 
 
-def run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
+def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
     """The moments of all batches, in chunks.
 
     Batches are read here, one after the other, and go to the lanes in groups, in turn: what is found depends on how
@@ -54,7 +57,7 @@ def run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
     first = [*islice(batches, 1)]
     arguments = asked.variables, asked.rngs, first
     cores = lanes_for(arguments, sum(a.nbytes for a in jax.tree.leaves(first)))
-    waiting: deque[Callable[[], list[Pending]]] = deque()
+    waiting: deque[Callable[[], Passed]] = deque()
     with Lanes(cores, tracing_options) as threads:
         lanes = [_Lane(asked, is_thread=threads.number > 1) for _ in range(threads.number)]
         most = in_group(data.length(), len(lanes))
@@ -70,12 +73,12 @@ def run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
                 yield waiting.popleft()()
         while waiting:
             yield waiting.popleft()()
-        yield [chunk for one in lanes for chunk in one.rest()]
+        yield 0, [chunk for one in lanes for chunk in one.rest()]
 
 
 def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:
     """Each batch where it is computed, and which of its samples are no padding."""
-    return (placed(batch, asked.options.sharding) for batch in data)
+    return (placed(batch, asked.options.sharding, asked.options.layout.multiple) for batch in data)
 
 
 def in_group(batches: int | None, lanes: int) -> int | None:
@@ -112,7 +115,7 @@ class _Lane:
         self._chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
         self._ahead = Ahead(0 if is_thread else _AHEAD)  # a thread waits for each: others run meanwhile
 
-    def take(self, group: _Group) -> list[Pending]:
+    def take(self, group: _Group) -> Passed:
         """Takes one group more; gives the chunks that were merged."""
         count, *arguments = group.arguments(self._asked)
         *others, batches, present, numbers = arguments
@@ -127,7 +130,7 @@ class _Lane:
         self._chunks[key] = chunk
         if len(self._chunks) > _OPEN:
             done.append(self._chunks.pop(next(iter(self._chunks))).merged())
-        return done
+        return len(group.numbers), done
 
     def rest(self) -> list[Pending]:
         """The chunks that were not."""
