@@ -62,7 +62,7 @@ flax-suite: $(INSTALLED)
 	$(BIN)/python tests/flax_suite/run.py
 
 clients: $(CLIENTS_INSTALLED)
-	$(VENV)-clients/bin/python tests/clients/run.py $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)-clients/bin/python tests/clients/run.py $(ARGS)
 
 readme: $(INSTALLED)
 	$(BIN)/python -m pytest --markdown-docs README.md docs

@@ -15,15 +15,18 @@ from clients.installed import INSTALLED  # noqa: E402
 from clients.small import CLIENTS  # noqa: E402
 from clients.tools import TOOLS, Client, flax_itself  # noqa: E402
 
+import flaxbn  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "clients-cpu.md"
-VERSIONS = ("flaxbn", "jax", "flax", "transformers", "sbx-rl")
+PACKAGES = ("jax", "flax", "transformers", "sbx-rl")
 ABOUT = """# Clients
 
 Every tool on models that others wrote, and on small ones in the manner of well-known ones, by `make clients`.
 
-{versions}. On a CPU, random weights, three batches of eight. Against the model's own training mode in float64:
-statistics are off by the largest difference of a mean in standard deviations, or the largest relative one of a
-variance; outputs by the largest difference in root mean squares of the output. For `plan` and `diagnose` it is the
+{versions}. On a CPU, compiled with few optimizations; random weights, three batches of eight.
+
+Against the model's own training mode in float64: statistics are off by the largest difference of a mean in standard
+deviations, or the largest relative one of a variance; outputs by the largest difference in root mean squares of the output. For `plan` and `diagnose` it is the
 number of layers or findings that are not as they must be; `independent` passes with 0. "Flax itself" is the same
 batch in the model's own training mode in float32: what float32 does to such a model without flaxbn.
 
@@ -52,6 +55,12 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def write(rows: dict[str, dict[str, str]]) -> None:
+    """The page of results."""
+    packages = [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
+    RESULTS.write_text(ABOUT.format(versions=", ".join([f"flaxbn {flaxbn.__version__}", *packages])) + table(rows))
+
+
 def main(parts: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*TensorFlow and JAX classes are deprecated")
     clients = {**CLIENTS, **INSTALLED}
@@ -61,8 +70,7 @@ def main(parts: list[str]) -> int:
         rows[name] = tried(clients[name]())
         print(name, *(f"{tool} {off}" for tool, off in rows[name].items()), sep="\n  ", flush=True)
     if not parts:
-        versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in VERSIONS)
-        RESULTS.write_text(ABOUT.format(versions=versions) + table(rows))
+        write(rows)
     failed = {off for row in rows.values() for off in row.values() if not off[0].isdigit()}
     return bool(failed)
 

@@ -16,9 +16,9 @@ ALSO = {
     "layers under nn.scan": ("diagnose",),
     "ResNet of nnx, 17 layers": ("batch_noise",),
 }
-# Some ten roundings of float32, and for each layer of a deep network one more: Flax's own training mode in float32 is
-# as far from float64: 1.6e-6 in the worst of the 49 layers, where the estimates are off by 1.2e-6 to 1.9e-6.
-TOLERANCE = {"ResNet of nnx, 17 layers": 2e-6, "EfficientNet of nnx, 49 layers": 4e-6}
+# Some ten roundings of float32. In deep networks they add up: Flax's own training mode in float32 is off by 1.6e-6 to
+# 3.3e-6 in the worst layers of these two, estimates by 0.9e-6 to 2.8e-6.
+TOLERANCE = {"ResNet of nnx, 17 layers": 4e-6, "EfficientNet of nnx, 49 layers": 4e-6}
 # The largest of hundreds of outputs, in root mean squares, behind the last layer; so is Flax's own.
 OF_OUTPUTS = {"apply": 1e-5, "export": 1e-5}
 
