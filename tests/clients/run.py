@@ -26,9 +26,8 @@ Every tool on models that others wrote, and on small ones in the manner of well-
 {versions}. On a CPU, compiled with few optimizations; random weights, three batches of eight.
 
 Against the model's own training mode in float64: statistics are off by the largest difference of a mean in standard
-deviations, or the largest relative one of a variance; outputs by the largest difference in root mean squares of the output. For `plan` and `diagnose` it is the
-number of layers or findings that are not as they must be; `independent` passes with 0. "Flax itself" is the same
-batch in the model's own training mode in float32: what float32 does to such a model without flaxbn.
+deviations, or the largest relative one of a variance; outputs by the largest difference in root mean squares of the output. For `plan` and `diagnose` it is
+the number of layers or findings that are not as they must be; `independent` passes with 0. "Flax itself" is a batch in the model's own training mode in float32: what float32 does to such a model without flaxbn.
 
 """
 
