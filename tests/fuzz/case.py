@@ -1,0 +1,185 @@
+"""A case: a model, data and a check, which prints itself as code that runs it again."""
+
+import dataclasses
+import re
+import warnings
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from fuzz.checks import Apply, Check, Domains, Estimate, Export
+from fuzz.data import Data, draw_data
+from fuzz.draw import Draw
+from fuzz.nodes import HEADER, Around, Node, Norm, build, flat
+from fuzz.reference import Reference, filled, layers
+from fuzz.writer import Writer, stored_name
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float64": 1e-9, "complex64": 1e-4}
+"""In a few layers some thousand roundings: what is beyond is compared with what Flax loses itself."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random model on random data, and what is checked of it.
+
+    Attributes:
+        nodes: the parts of the model.
+        data: the data.
+        check: what is checked.
+        left_out: the names of layers that `only` leaves out, besides those of which flaxbn knows nothing.
+    """
+
+    nodes: tuple
+    data: Data
+    check: Check
+    left_out: tuple = ()
+
+    @property
+    def unknown(self):
+        """The names of layers of which flaxbn knows nothing, and may not be asked for statistics."""
+        found = re.findall(r'(norm_\d+) = Unknown|Unknown\([^\n]*?name="(norm_\d+)"', self.code)
+        return tuple(one or other for one, other in found)
+
+    @property
+    def frozen(self):
+        """The names of layers that keep to what they have stored."""
+        return (*self.left_out, *self.unknown)
+
+    @property
+    def dtype(self):
+        return "jnp.bfloat16" if self.data.dtype == "bfloat16" else None
+
+    @property
+    def code(self):
+        """The model as Flax code."""
+        return Writer(dtype=self.dtype).model(self.nodes)
+
+    @property
+    def has_merged(self):
+        """Whether a layer's input has no axis of examples."""
+        around = [node for node in flat(self.nodes) if isinstance(node, Around) and ".reshape(" in node.before]
+        return any(isinstance(node, Norm) and node.cls != "Unknown" for node in flat(around))
+
+    def script(self):
+        """A script that runs the case: the model may be changed in it, what is right is known by the parts."""
+        imports = [
+            "from fuzz.case import Case",
+            "from fuzz.checks import Apply, Domains, Estimate, Export",
+            "from fuzz.data import Data",
+            f"from fuzz.nodes import {', '.join(sorted(cls.__name__ for cls in Node.__subclasses__()))}",
+        ]
+        nodes = "".join(f"\n        {node!r}," for node in self.nodes)
+        rest = "".join(f"\n    {name}={getattr(self, name)!r}," for name in ("data", "check", "left_out"))
+        case = f"Case(\n    nodes=({nodes}\n    ),{rest}\n).run(Net())"
+        devices = 'jax.config.update("jax_num_cpu_devices", 8)'
+        return "\n".join([HEADER, *imports, "", devices, "", "", self.code, "", "", case, ""])
+
+    def wanted(self, variables):
+        """The layers to estimate, by their paths, and the names of their statistics."""
+        found = layers(variables["batch_stats"])
+        return {path: names for path, names in found.items() if path[-1] not in self.frozen}
+
+    def run(self, model=None):
+        """Raises unless flaxbn does what it should; `model` stands in the place of the one that is written here."""
+        with jax.enable_x64(self.data.dtype == "float64"):
+            variables = filled(self.code, self.data.x[:2])
+            model = model or build(self.code)()
+            reference = Reference(self.nodes, variables, self.frozen, self.dtype)
+            expected = self.check.expected(self.data, model, variables, reference)
+            found = self._found(model, variables, reference)
+            if found is None:
+                return
+            assert set(found) >= set(expected), f"found {sorted(found)}, not {sorted(expected)}"
+            errors = {name: _error(found[name], *expected[name]) for name in expected}
+        tolerance = TOLERANCE[self.data.dtype]
+        if max(errors.values()) > tolerance:
+            self._compare_with_double(model, variables, found, expected, tolerance)
+
+    def _found(self, model, variables, reference):
+        """What flaxbn finds, with the warnings that it must give; None where it must and does refuse."""
+        refused = self.check.refused(self)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                found = self.check.found(self, model, variables)
+            except ValueError as error:
+                if refused is None or not re.search(refused, str(error)):
+                    raise
+                return None
+        assert refused is None, f"not refused, with an error that says {refused!r}"
+        twice = {path[-1] for path in reference.called_twice()} - set(self.frozen)
+        wanted, told = set(self.check.warned_of(self, twice)), " ".join(str(w.message) for w in caught)
+        assert set(re.findall(r"'(?:[\w/]*/)?(norm_\d+)'", told)) == wanted, f"it must warn of {wanted}: {told!r}"
+        assert wanted or not told, f"it must not warn: {told!r}"
+        return found
+
+    def _compare_with_double(self, model, variables, found, expected, tolerance):
+        """What is off by more than roundings of a tame model may be off by as much as Flax's own numbers are, tenfold.
+
+        Both are measured against the same model in double precision.
+        """
+        if self.data.dtype == "float64":
+            raise AssertionError(_described(found, expected, tolerance))
+        with jax.enable_x64(True):
+            model = build(Writer().model(self.nodes))()
+            reference = Reference(self.nodes, variables, self.frozen)
+            truth = self.check.expected(self.data.wide, model, variables, reference)
+            allowed = {name: tolerance + 10 * _error(expected[name][0], *truth[name]) for name in truth}
+            wrong = {name for name in truth if not _error(found[name], *truth[name]) <= max(allowed.values())}
+        if wrong:
+            raise AssertionError(_described(found, expected, tolerance))
+
+
+def _error(found, expected, size):
+    found, expected = (np.asarray(a).astype(np.complex128) for a in (found, expected))
+    assert found.shape == expected.shape, f"found the shape {found.shape}, not {expected.shape}"
+    error = np.max(np.abs(found - expected) / size, initial=0)
+    return np.inf if np.isnan(error) else float(error)
+
+
+def _described(found, expected, tolerance):
+    errors = {name: _error(found[name], *expected[name]) for name in expected}
+    rows = [f"  {name}: off by {error:.2g}" for name, error in errors.items() if not error <= tolerance]
+    return "\n".join([f"of {len(errors)} arrays, tolerance {tolerance:.2g}:", *rows])
+
+
+SHAPES = [(5,), (6,), (4, 3), (6, 4), (4, 4, 3), (6, 5, 2)]
+DTYPES = ["float32"] * 4 + ["float64"] * 4 + ["bfloat16", "complex64"]
+
+
+def draw_check(draw):
+    """A check, the more often the more it has to go wrong."""
+    kind = draw.one_of(
+        ["apply", "apply", "precise", "precise", "precise", "exact", "exact", "exact", "domains", "export"]
+    )
+    if kind == "apply":
+        return Apply(draw.one_of(["batch"] * 5 + ["running"]), draw.one_of(["jit", "jit", "eager"]))
+    if kind == "export":
+        return Export()
+    sharded = draw.chance(0.25)
+    if kind == "precise":
+        return Estimate("precise", sharded, by_device=sharded and draw.chance(0.3))
+    if kind == "domains":
+        return Domains(draw.one_of(["precise", "exact"]))
+    return Estimate("exact", sharded, int(draw.rng.integers(1, 20_000)) if draw.chance(0.4) else None)
+
+
+def draw_case(seed, parts=5):
+    """The case of a seed; models are of up to so many parts and what lies within."""
+    draw = Draw(np.random.default_rng(seed))
+    shape, dtype, check = draw.one_of(SHAPES), draw.one_of(DTYPES), draw_check(draw)
+    estimates = isinstance(check, Estimate)
+    if isinstance(check, Apply) and check.statistics == "batch" and draw.chance(0.3):
+        check = Apply("batch", "gradient")
+    if estimates and check.by_device:
+        samples = 8 * int(draw.rng.integers(4, 8))
+        data = Data(int(draw.rng.integers(2**31)), samples, shape, dtype, samples)
+        return Case(draw.model(shape, data.is_complex, 1 + draw.rng.integers(parts)), data, check)
+    smallest = 1 if estimates and check.method == "exact" else 4
+    data = draw_data(draw.rng, shape, dtype, smallest=smallest, weighted=estimates)
+    nodes = draw.model(shape, data.is_complex, 1 + draw.rng.integers(parts))
+    case = Case(nodes, data, check)
+    if estimates and not case.has_merged and draw.chance(0.15):
+        names = sorted({stored_name(name) for name in re.findall(r'"(norm_\d+)"', case.code)})
+        case = dataclasses.replace(case, left_out=(draw.one_of(names),)) if len(names) > 1 else case
+    return case

@@ -1,0 +1,294 @@
+"""The parts of random models: each is a value that prints itself, and that writes itself as Flax code, from x to x."""
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass
+
+FOREIGN = ("Recognized", "Marked", "Unknown")
+"""Classes of others; of all but the last one flaxbn is told."""
+
+
+class Node:
+    """A part of a model."""
+
+    def lines(self, writer):
+        """Statements that compute a new `x` from `x`, where `train` is known."""
+        raise NotImplementedError
+
+    def children(self):
+        """The parts within."""
+        found = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [node for part in found if isinstance(part, tuple) for node in part if isinstance(node, Node)]
+
+    def flat(self):
+        """This part, and all within."""
+        return [self, *(node for child in self.children() for node in child.flat())]
+
+
+def flat(nodes):
+    return [one for node in nodes for one in node.flat()]
+
+
+@dataclass(frozen=True)
+class Line(Node):
+    """What has neither parameters nor statistics: a statement."""
+
+    code: str
+
+    def lines(self, writer):
+        return [self.code]
+
+
+@dataclass(frozen=True)
+class Layer(Node):
+    """A layer of Flax with parameters, by its class and arguments."""
+
+    cls: str
+    arguments: str = ""
+
+    def lines(self, writer):
+        name = writer.name(self.cls.lower())
+        comma = ", " if self.arguments else ""
+        return [f'x = nn.{self.cls}({self.arguments}{comma}name="{name}"{writer.options()})(x)']
+
+
+@dataclass(frozen=True)
+class Dropout(Node):
+    rate: float = 0.5
+
+    def lines(self, writer):
+        return [f"x = nn.Dropout({0.0 if writer.reference else self.rate}, deterministic=not train)(x)"]
+
+
+@dataclass(frozen=True)
+class Attention(Node):
+    heads: int
+    features: int
+
+    def lines(self, writer):
+        name = writer.name("attention")
+        rate = 0.0 if writer.reference else 0.1
+        options = f'qkv_features={self.features}, dropout_rate={rate}, deterministic=not train, name="{name}"'
+        return [f"x = nn.MultiHeadDotProductAttention({self.heads}, {options}{writer.options()})(x)"]
+
+
+@dataclass(frozen=True)
+class Norm(Node):
+    """A batch-norm layer of any class, for which the reference has Flax's; `options` are arguments, as code."""
+
+    cls: str = "nn.BatchNorm"
+    axis: int | tuple = -1
+    options: str = ""
+
+    def lines(self, writer):
+        name = writer.name("norm")
+        return [f"x = {self.constructed(writer, name)}(x)"]
+
+    def constructed(self, writer, name, train="train"):
+        frozen = writer.reference and name.partition("__")[0] in writer.frozen
+        options = {"axis": None if self.axis == -1 else repr(self.axis), "name": f'"{name}"'}
+        if self.cls not in FOREIGN:
+            options["axis_name"] = writer.lanes and f'"{writer.lanes}"'
+        cls = self.cls
+        if writer.reference:
+            cls = "nn.BatchNorm" if cls.startswith("flaxbn.") else cls
+            options |= {"momentum": "0.0", "use_fast_variance": None if cls in FOREIGN else "False"}
+        more = f", {self.options}" if self.options else ""
+        return f"{cls}(use_running_average={True if frozen else f'not {train}'}{more}{writer.options(**options)})"
+
+
+@dataclass(frozen=True)
+class Tied(Node):
+    """One layer, called before and behind other parts."""
+
+    norm: Norm
+    between: tuple
+
+    def lines(self, writer):
+        first, second = writer.calls(writer.name("norm"), 2)
+        between = writer.lines(self.between)
+        if writer.reference:
+            before, behind = (f"x = {self.norm.constructed(writer, name)}(x)" for name in (first, second))
+            return [before, *between, behind]
+        tied = first.replace("norm", "tied")
+        return [f"{tied} = {self.norm.constructed(writer, first)}", f"x = {tied}(x)", *between, f"x = {tied}(x)"]
+
+    def children(self):
+        return [self.norm, *self.between]
+
+
+@dataclass(frozen=True)
+class Residual(Node):
+    body: tuple
+
+    def lines(self, writer):
+        skip = writer.name("skip")
+        return [f"{skip} = x", *writer.lines(self.body), f"x = {skip} + x"]
+
+
+@dataclass(frozen=True)
+class Branches(Node):
+    """Two ways, whose features are put beside each other."""
+
+    left: tuple
+    right: tuple
+
+    def lines(self, writer):
+        start = writer.name("start")
+        left, right = writer.lines(self.left), writer.lines(self.right)
+        end = start.replace("start", "left")
+        return [f"{start} = x", *left, f"{end}, x = x, {start}", *right, f"x = jnp.concatenate([{end}, x], -1)"]
+
+
+@dataclass(frozen=True)
+class Around(Node):
+    """Statements before and behind a body, such as a reshape and its inverse."""
+
+    before: str
+    body: tuple
+    behind: str
+
+    def lines(self, writer):
+        shape = writer.name("shape")
+        body = writer.lines(self.body)
+        return [f"{shape} = x.shape", self.before, *body, self.behind.replace("SHAPE", shape)]
+
+
+@dataclass(frozen=True)
+class Wrapped(Node):
+    """A block under `nn.remat`, `nn.jit` or both, or as it is; `wrap` is code with {} for the class."""
+
+    wrap: str
+    body: tuple
+
+    def lines(self, writer):
+        name = writer.name("block")
+        cls = writer.module(name.title(), writer.lines(self.body))
+        return [f'x = {self.wrap.format(cls)}(train, name="{name}")(x)']
+
+
+@dataclass(frozen=True)
+class Sequence(Node):
+    """A Dense layer, a function and a batch-norm layer in an `nn.Sequential`."""
+
+    features: int
+    norm: Norm
+
+    def lines(self, writer):
+        dense, norm = writer.name("dense"), writer.name("norm")
+        first = f'nn.Dense({self.features}, name="{dense}"{writer.options()})'
+        return [f"x = nn.Sequential([{first}, jnp.tanh, {self.norm.constructed(writer, norm)}])(x)"]
+
+    def children(self):
+        return [self.norm]
+
+
+@dataclass(frozen=True)
+class Cond(Node):
+    """A block in a branch that is always taken, and known to be."""
+
+    body: tuple
+
+    def lines(self, writer):
+        name = writer.name("block")
+        cls = writer.module(name.title(), writer.lines(self.body))
+        if writer.reference:
+            return [f'x = {cls}(train, name="{name}")(x)']
+        branch = f"nn.cond(x.ndim > 0, lambda m, x: {name}(x), lambda m, x: x, self, x)"
+        return [f'{name} = {cls}(train, name="{name}")', f"x = {name}(x) if self.is_initializing() else {branch}"]
+
+
+@dataclass(frozen=True)
+class Scan(Node):
+    """A block in a loop, with statistics of each step's own along `axis`; or "broadcast" or "carried" from all."""
+
+    body: tuple
+    length: int
+    axis: int | str = 0
+    reverse: bool = False
+
+    def lines(self, writer):
+        name = writer.name("scan")
+        shared = isinstance(self.axis, str)
+        lines = writer.lines(self.body)
+        if shared and writer.reference:
+            cls = writer.module(name.title(), lines)
+            return [f'x = {cls}(train, name="{one}")(x)' for one in writer.calls(name, self.length)]
+        cls = writer.module(name.title(), lines, carries=True)
+        how = {
+            "broadcast": 'variable_broadcast=["params", "batch_stats"], split_rngs={"params": False}',
+            "carried": 'variable_broadcast="params", variable_carry="batch_stats", split_rngs={"params": False}',
+        }.get(self.axis, f'variable_axes={{"params": 0, "batch_stats": {self.axis}}}, split_rngs={{"params": True}}')
+        loop = f"nn.scan({cls}, {how}, length={self.length}, reverse={self.reverse})"
+        return [f'x, _ = {loop}(train, name="{name}")(x, None)']
+
+
+@dataclass(frozen=True)
+class Vmap(Node):
+    """A block side by side along an axis of x, with variables of each lane's own, or the same for all."""
+
+    body: tuple
+    axis: int
+    shared: bool = False
+
+    def lines(self, writer):
+        name = writer.name("vmap")
+        outer, writer.lanes = writer.lanes, name if self.shared else writer.lanes
+        cls = writer.module(name.title(), writer.lines(self.body))
+        writer.lanes = outer
+        params, stats = ("None", "None") if self.shared else ("0", "0")
+        how = (
+            f'variable_axes={{"params": {params}, "batch_stats": {stats}}}, split_rngs={{"params": {not self.shared}}}'
+        )
+        lanes = f"nn.vmap({cls}, in_axes={self.axis}, out_axes={self.axis}, {how}"
+        lanes += f', axis_name="{name}")' if self.shared else ")"
+        return [f'x = {lanes}(train, name="{name}")(x)']
+
+
+@dataclass(frozen=True)
+class Lifted(Node):
+    """A layer beside a method under `nn.remat` or `nn.jit` in which there is none."""
+
+    how: str
+    features: int
+    norm: Norm
+
+    def lines(self, writer):
+        block, norm = writer.name("lifted"), writer.name("norm")
+        constructed = self.norm.constructed(writer, norm, "self.train").replace(f', name="{norm}"', "")
+        writer.text(f"""
+            class {block.title()}(nn.Module):
+                train: bool
+
+                def setup(self):
+                    self.dense = nn.Dense({self.features}{writer.options()})
+                    self.{norm} = {constructed}
+
+                @nn.{self.how}
+                def first(self, x):
+                    return self.dense(x)
+
+                def __call__(self, x):
+                    return self.{norm}(self.first(x))
+        """)
+        return [f'x = {block.title()}(train, name="{block}")(x)']
+
+    def children(self):
+        return [self.norm]
+
+
+HEADER = textwrap.dedent("""\
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    from fuzz.layers import Marked, Recognized, Scaled, Unknown
+
+    import flaxbn
+    """)
+
+
+def build(code):
+    """The class `Net` of some code."""
+    scope = {"__name__": "fuzz.written"}
+    exec(compile(f"{HEADER}\n\n{code}\n", "<random model>", "exec"), scope)
+    return scope["Net"]
