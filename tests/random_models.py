@@ -27,6 +27,7 @@ def arguments(given=None):
     parser.add_argument("--seconds", type=float, default=600, help="begin no case after so many")
     parser.add_argument("--cases", type=int, help="end after so many")
     parser.add_argument("--parts", type=int, default=5, help="the most parts of a model, besides what lies within")
+    parser.add_argument("--tries", type=int, default=60, help="to cut a failed model down; 0 leaves it whole")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "fuzz", help="where failures are saved")
     return parser.parse_args(given)
 
@@ -41,9 +42,10 @@ def save(folder, seed, case, error):
     return path
 
 
-def run(seeds, seconds, parts, out):
+def run(seeds, seconds, parts, out, tries=0):
     """Runs cases one after the other; how often each check ran, and the seeds that failed."""
-    from fuzz.case import draw_case
+    from fuzz.drawn import draw_case
+    from fuzz.reduce import reduced
 
     ran, failed, start = collections.Counter(), [], time.monotonic()
     for seed in seeds:
@@ -56,6 +58,7 @@ def run(seeds, seconds, parts, out):
         except Exception as error:
             failed.append(seed)
             print(f"seed {seed} FAILED: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            case = reduced(case, tries) if tries else case
             print(f"  saved as {save(out, seed, case, error)}", flush=True)
         if sum(ran.values()) % 50 == 0:
             jax.clear_caches()  # what is compiled is not needed again
@@ -68,7 +71,7 @@ def main(given=None):
     asked = arguments(given)
     jax.config.update("jax_num_cpu_devices", 8)
     seeds = itertools.islice(itertools.count(asked.seed), asked.cases)
-    ran, failed, took = run(seeds, asked.seconds, asked.parts, asked.out)
+    ran, failed, took = run(seeds, asked.seconds, asked.parts, asked.out, asked.tries)
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(ran.items()))
     print(f"{sum(ran.values())} cases in {took:.0f} s ({kinds}), from seed {asked.seed}; failed: {failed or 'none'}")
     return bool(failed)

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 import random_models
-from fuzz.case import Case, draw_case
+from fuzz.case import Case
 from fuzz.checks import Apply, Estimate
 from fuzz.data import Data
-from fuzz.nodes import Layer, Norm, Tied
+from fuzz.drawn import draw_case
+from fuzz.nodes import Layer, Norm, Residual, Tied
+from fuzz.reduce import reduced
 
 import flaxbn
 
@@ -80,6 +82,12 @@ def test_what_fails_is_saved_and_runs_again(tmp_path, monkeypatch, capsys):
         exec(script, {})
     monkeypatch.undo()
     exec(script, {})
+
+
+def test_a_failed_case_is_cut_down(monkeypatch):
+    monkeypatch.setattr(flaxbn, "apply", by_stored_statistics)
+    case = Case((Layer("Dense", "3"), Residual((Layer("Dense", "3"), Norm()))), DATA, Apply(how="eager"))
+    assert reduced(case).nodes == (Norm(),)
 
 
 def test_a_case_is_told_from_its_seed_alone():

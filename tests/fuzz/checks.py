@@ -58,6 +58,7 @@ class Apply(Check):
         x, params = data.x[data.rows[0]], variables.get("params", {})
         if self.how != "gradient":
             return {"output": (jax.jit(run) if self.how == "jit" else run)(params, x)}
+        params = jax.tree.map(lambda a: a.astype(np.promote_types(a.dtype, x.real.dtype)), params)
         gradient = jax.grad(lambda given: _loss(run(given["params"], x + given["shift"])))
         return named(jax.jit(gradient)({"params": params, "shift": np.zeros(x.shape, x.real.dtype)}))
 
@@ -84,6 +85,11 @@ class Estimate(Check):
 
     def found(self, case, model, variables):
         batches, options = case.data.given()
+        if self.memory_limit and case.data.stream not in ("iter", "generator"):
+            own = {key: value for key, value in self.options(case).items() if key != "method"}
+            plan = flaxbn.plan(model, variables, batches, **options, **own)
+            assert plan.samples == case.data.samples
+            assert plan.peak_bytes <= self.memory_limit
         moments = flaxbn.population_moments(model, variables, batches, **options, **self.options(case))
         stats = flaxbn.to_batch_stats(moments, variables["batch_stats"])
         described = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (stats, variables["batch_stats"])]
@@ -103,7 +109,7 @@ class Estimate(Check):
         return twice
 
     def refused(self, case):
-        unknown = case.has_merged and (self.sharded or case.data.weights is not None)
+        unknown = case.has_merged and not self.by_device and (self.sharded or case.data.weights is not None)
         return "the batch axis of each layer's input must be known" if unknown else None
 
 
@@ -165,9 +171,8 @@ def seen(reference, data, rows):
             continue
         name, size = "/".join(path), layer.var + EPSILON
         found |= {f"mean of {name}": (layer.mean, np.sqrt(size)), f"var of {name}": (layer.var, size)}
-        if layer.count is not None:
-            count = layer.count * data.unit
-            found[f"count of {name}"] = np.full(layer.mean.shape, count), count
+        count = layer.count * data.unit
+        found[f"count of {name}"] = np.full(layer.mean.shape, count), count
     return found
 
 

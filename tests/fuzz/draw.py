@@ -1,6 +1,6 @@
 """Random models: what may follow what, given the shape of an example and the kind of numbers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from fuzz.nodes import (
@@ -13,6 +13,7 @@ from fuzz.nodes import (
     Layer,
     Lifted,
     Line,
+    Masked,
     Norm,
     Residual,
     Scan,
@@ -22,40 +23,11 @@ from fuzz.nodes import (
     Wrapped,
     flat,
 )
+from fuzz.place import Place
 
 CLASSES = ["nn.BatchNorm", "nn.BatchNorm", "flaxbn.BatchNorm", "flaxbn.BatchNorm", "flaxbn.BatchRenorm", "Scaled"]
 OPTIONS = ["", "", "", "epsilon=1e-3", "use_scale=False", "use_bias=False", "use_scale=False, use_bias=False"]
 WRAPS = ["{}", "nn.remat({})", "nn.jit({})", "nn.remat(nn.jit({}))", "nn.jit(nn.remat({}))"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a part is drawn.
-
-    Attributes:
-        shape: that of `x`, without the axis of examples.
-        rank: how many axes x has there; one less where examples are lanes.
-        keep: only the last axis may change.
-        complex: x is complex.
-        lanes: the layers share their statistics with those of other lanes.
-        depth: how many blocks it lies in.
-        inside: nothing may look at the axis of examples, which is another one, or mapped.
-    """
-
-    shape: tuple
-    keep: bool = False
-    complex: bool = False
-    lanes: bool = False
-    depth: int = 0
-    inside: bool = False
-
-    @property
-    def rank(self):
-        return len(self.shape) + (not self.inside)
-
-    @property
-    def features(self):
-        return self.shape[-1]
 
 
 class Draw:
@@ -94,6 +66,8 @@ class Draw:
     def model(self, shape, is_complex, count):
         """The parts of a model with a batch-norm layer or more."""
         nodes, place = self.parts(Place(shape, complex=is_complex), count)
+        if self.chance(0.1):
+            nodes = (Masked(Norm(self.one_of(["nn.BatchNorm", "flaxbn.BatchNorm"]))), *nodes)
         while not has_norm(nodes):
             nodes = (*nodes, norm(self, place)[0])
         return nodes
@@ -217,11 +191,12 @@ def scan(draw, place):
 
 def vmap(draw, place):
     if draw.chance(0.2) and not place.lanes:  # examples are lanes, which share everything
-        return Vmap(draw.body(place, lanes=True, inside=True), 0, shared=True), place.shape
+        return Vmap(draw.body(place, lanes=True, inside=True), 0, True, draw.chance(0.5)), place.shape
     axis = int(draw.rng.integers(1, len(place.shape)))
     shape = (*place.shape[: axis - 1], *place.shape[axis:])
     shared = draw.chance(0.3)
-    return Vmap(draw.body(place, shape=shape, lanes=place.lanes or shared), axis, shared), place.shape
+    body = draw.body(place, shape=shape, lanes=place.lanes or shared)
+    return Vmap(body, axis, shared, draw.chance(0.5)), place.shape
 
 
 def tied(draw, place):

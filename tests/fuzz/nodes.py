@@ -1,7 +1,6 @@
 """The parts of random models: each is a value that prints itself, and that writes itself as Flax code, from x to x."""
 
 import dataclasses
-import textwrap
 from dataclasses import dataclass
 
 FOREIGN = ("Recognized", "Marked", "Unknown")
@@ -95,6 +94,20 @@ class Norm(Node):
             options |= {"momentum": "0.0", "use_fast_variance": None if cls in FOREIGN else "False"}
         more = f", {self.options}" if self.options else ""
         return f"{cls}(use_running_average={True if frozen else f'not {train}'}{more}{writer.options(**options)})"
+
+
+@dataclass(frozen=True)
+class Masked(Node):
+    """A layer that leaves out a third of the positions of the data; further back, rounding would choose others."""
+
+    norm: Norm
+
+    def lines(self, writer):
+        norm = self.norm.constructed(writer, writer.name("norm"))
+        return [f"x = {norm}(x, mask=jnp.sin(40 * x[..., :1].real) > -0.5)"]
+
+    def children(self):
+        return [self.norm]
 
 
 @dataclass(frozen=True)
@@ -225,15 +238,22 @@ class Scan(Node):
 
 @dataclass(frozen=True)
 class Vmap(Node):
-    """A block side by side along an axis of x, with variables of each lane's own, or the same for all."""
+    """A block side by side along an axis of x, with variables of each lane's own, or the same for all.
+
+    A layer whose statistics are shared must merge its lanes to train, and so the reference does. To evaluate, it need
+    not know that there are others: `silent` leaves it so.
+    """
 
     body: tuple
     axis: int
     shared: bool = False
+    silent: bool = False
 
     def lines(self, writer):
         name = writer.name("vmap")
-        outer, writer.lanes = writer.lanes, name if self.shared else writer.lanes
+        outer = writer.lanes
+        if self.shared and (writer.reference or not self.silent):
+            writer.lanes = name
         cls = writer.module(name.title(), writer.lines(self.body))
         writer.lanes = outer
         params, stats = ("None", "None") if self.shared else ("0", "0")
@@ -275,20 +295,3 @@ class Lifted(Node):
 
     def children(self):
         return [self.norm]
-
-
-HEADER = textwrap.dedent("""\
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    from fuzz.layers import Marked, Recognized, Scaled, Unknown
-
-    import flaxbn
-    """)
-
-
-def build(code):
-    """The class `Net` of some code."""
-    scope = {"__name__": "fuzz.written"}
-    exec(compile(f"{HEADER}\n\n{code}\n", "<random model>", "exec"), scope)
-    return scope["Net"]

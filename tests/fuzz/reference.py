@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from fuzz.layers import Foreign
-from fuzz.nodes import build
-from fuzz.writer import Writer, stored_name
+from fuzz.writer import Writer, build, stored_name
 from oracle import merged
 
 NAMES = [("mean", "var"), ("mu", "s2")]
@@ -60,17 +59,20 @@ class Reference:
     def __init__(self, nodes, variables, frozen=(), dtype=None):
         self.code = Writer(reference=True, frozen=frozen, dtype=dtype).model(nodes)
         self.run = jax.jit(functools.partial(self._run, build(self.code)(), variables))
-        self.frozen, self._positions = frozen, {}
+        self.frozen, self._paths = frozen, set()
 
     def _run(self, model, variables, x, params=None):
-        """The output on a batch, and the statistics that are stored afterwards."""
-        positions = self._positions[x.shape] = {}
+        """The output on a batch, the statistics that are stored afterwards, and how many positions layers have."""
+        positions = {}
 
         def note(call, args, kwargs, context):
             layer = context.module
             if context.method_name == "__call__" and isinstance(layer, nn.BatchNorm | Foreign):
                 channels = np.prod([args[0].shape[axis] for axis in np.ravel(layer.axis)])
-                positions[layer.path] = args[0].size / channels, getattr(layer, "axis_name", None) is None
+                share = kwargs["mask"].mean() if "mask" in kwargs else 1
+                lanes = getattr(layer, "axis_name", None)
+                members = 1 if lanes is None else jax.lax.psum(1, lanes)
+                positions["/".join(layer.path)] = share * members * args[0].size / channels
             return call(*args, **kwargs)
 
         variables = variables if params is None else {**variables, "params": params}
@@ -80,21 +82,22 @@ class Reference:
         )
         with nn.intercept_methods(note):
             output, after = model.apply(own, x, train=True, mutable=["batch_stats"])
-        return output, after["batch_stats"]
+        return output, after["batch_stats"], positions
 
     def called_twice(self):
         """The layers of the model, by their paths, that are called more than once."""
-        counts = Counter(tuple(map(stored_name, path)) for path in set().union(*self._positions.values()))
+        counts = Counter(tuple(map(stored_name, path)) for path in self._paths)
         return [path for path, count in counts.items() if count > 1]
 
     def statistics(self, batches):
         """For each layer of the model what it has seen in some batches, by its path."""
         found = {}
         for x in batches:
-            stored = jax.device_get(self.run(x)[1])
+            _, stored, positions = jax.device_get(self.run(x))
             for path, names in layers(stored).items():
+                self._paths.add(path)
                 mean, var = (np.ravel(at(stored, path)[name]) for name in names)
-                one = (*self._positions[x.shape][path], mean, var)
+                one = positions["/".join(path)], mean, var
                 found.setdefault(tuple(map(stored_name, path)), []).append(one)
         return {path: Seen.of(calls) for path, calls in found.items()}
 
@@ -103,21 +106,19 @@ class Seen(NamedTuple):
     """The moments of what a layer has seen, in float64.
 
     Attributes:
-        count: how many positions; None where lanes share them, and Flax tells of one lane.
+        count: how many positions.
         mean, var: of each channel.
-        calls: how many calls there were.
     """
 
-    count: float | None
+    count: float
     mean: np.ndarray
     var: np.ndarray
-    calls: int
 
     @classmethod
     def of(cls, calls):
-        counts, known, means, variances = zip(*calls)
+        counts, means, variances = zip(*calls)
         mean, var = merged_complex(counts, means, variances)
-        return cls(sum(counts) if all(known) else None, mean, var, len(calls))
+        return cls(float(sum(counts)), mean, var)
 
 
 def merged_complex(counts, means, variances):

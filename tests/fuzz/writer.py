@@ -63,3 +63,20 @@ class Writer:
 def stored_name(name):
     """What a layer is called in the model, from its name in the reference."""
     return name.partition("__")[0]
+
+
+HEADER = textwrap.dedent("""\
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    from fuzz.layers import Marked, Recognized, Scaled, Unknown
+
+    import flaxbn
+    """)
+
+
+def build(code):
+    """The class `Net` of some code."""
+    scope = {"__name__": "fuzz.written"}
+    exec(compile(f"{HEADER}\n\n{code}\n", "<random model>", "exec"), scope)
+    return scope["Net"]
