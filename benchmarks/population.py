@@ -1,6 +1,7 @@
 """`flaxbn.estimate_population_stats` against an evaluation pass, and against the loop it replaces.
 
 - `estimator`: one pass over the images, arrays and a batch size.
+- `stream`: one pass over a list of the same batches, in host memory.
 - `evaluation`: the least that such a pass could cost, the same batches through the model in evaluation mode, as a
   scan in one jit, with their predictions as the result.
 - `loop`: what Flax users write today, a training-mode `apply` with momentum 0 for each batch and the average of the
@@ -35,8 +36,8 @@ BATCH_SIZE = 128
 def candidates(model: type[nn.Module], images: np.ndarray) -> dict[str, Callable[[], Any]]:
     """The passes over the images that are timed, by name."""
     several = len(jax.devices()) > 1
-    batches = flaxbn.data_sharding() if several else None
-    everywhere = NamedSharding(batches.mesh, PartitionSpec()) if several else None
+    sharding = flaxbn.data_sharding() if several else None
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if several else None
     ours, stock = model(flaxbn.BatchNorm), model(functools.partial(nn.BatchNorm, momentum=0.0))
     on_device, variables = jax.device_put((images, ours.init(jax.random.key(0), images[:1])), everywhere)
     steps = len(images) // BATCH_SIZE
@@ -46,7 +47,7 @@ def candidates(model: type[nn.Module], images: np.ndarray) -> dict[str, Callable
         def predict(_, rows):
             batch = jnp.take(images, rows, axis=0)
             if several:
-                batch = jax.lax.with_sharding_constraint(batch, batches)
+                batch = jax.lax.with_sharding_constraint(batch, sharding)
             return None, jnp.argmax(ours.apply(variables, batch), -1)
 
         return jax.lax.scan(predict, None, jnp.arange(len(images)).reshape(-1, steps).T)[1]
@@ -58,14 +59,24 @@ def candidates(model: type[nn.Module], images: np.ndarray) -> dict[str, Callable
     def loop():
         total = None
         for k in range(steps):
-            batch_stats = jax.device_get(train_mode(variables, jax.device_put(images[k::steps], batches)))
+            batch_stats = jax.device_get(train_mode(variables, jax.device_put(images[k::steps], sharding)))
             total = batch_stats if total is None else jax.tree.map(np.add, total, batch_stats)
         return jax.tree.map(lambda value: value / steps, total)
 
     def estimate():
-        return flaxbn.estimate_population_stats(ours, variables, on_device, batch_size=BATCH_SIZE, sharding=batches)
+        return flaxbn.estimate_population_stats(ours, variables, on_device, batch_size=BATCH_SIZE, sharding=sharding)
 
-    return {"estimator": estimate, "evaluation": lambda: evaluate(variables, on_device), "loop": loop}
+    batches = [np.ascontiguousarray(images[k::steps]) for k in range(steps)]
+
+    def stream():
+        return flaxbn.estimate_population_stats(ours, variables, batches, sharding=sharding)
+
+    return {
+        "estimator": estimate,
+        "stream": stream,
+        "evaluation": lambda: evaluate(variables, on_device),
+        "loop": loop,
+    }
 
 
 def benchmark(name: str, samples: int, rounds: int) -> dict[str, Any]:

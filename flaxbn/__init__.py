@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from flaxbn import linen as linen
     from flaxbn import nnx as nnx
     from flaxbn.data.placement import data_sharding as data_sharding
+    from flaxbn.data.progress import progress_bar as progress_bar
     from flaxbn.domains import weight_decay_mask as weight_decay_mask
     from flaxbn.estimation.exact.plan import Plan as Plan
     from flaxbn.estimation.exact.plan import plan as plan
     from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
-    from flaxbn.estimation.population import population_moments as population_moments
     from flaxbn.estimation.population import to_batch_stats as to_batch_stats
+    from flaxbn.estimation.population_moments import population_moments as population_moments
     from flaxbn.estimation.replicas import merge_replicas as merge_replicas
     from flaxbn.inference.export import export_inference as export_inference
     from flaxbn.inference.load import Inference as Inference
@@ -53,12 +54,13 @@ __version__ = "0.1.0"
 _MODULES = ("diagnostics", "domains", "linen", "nnx")
 _ROOMS = {
     "data_sharding": "data.placement",
+    "progress_bar": "data.progress",
     "weight_decay_mask": "domains",
     "Plan": "estimation.exact.plan",
     "plan": "estimation.exact.plan",
     "estimate_population_stats": "estimation.population",
-    "population_moments": "estimation.population",
     "to_batch_stats": "estimation.population",
+    "population_moments": "estimation.population_moments",
     "merge_replicas": "estimation.replicas",
     "export_inference": "inference.export",
     "Inference": "inference.load",

@@ -101,7 +101,7 @@ def estimate(
         variables: its variables. The `batch_stats` in them give structure and dtypes, and the statistics of layers
             that `only` leaves out.
         batches_by_domain: for each name, what `estimate_population_stats` takes as `batches`.
-        **options: those of `estimate_population_stats`, the same for each domain.
+        **options: those of `estimate_population_stats`, the same for each domain; `progress` counts anew for each.
 
     Returns:
         For each name, a `batch_stats` tree.

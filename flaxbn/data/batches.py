@@ -61,6 +61,10 @@ class Arrays:
         """Each batch, to be read when it is needed."""
         return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
 
+    def length(self) -> int:
+        """How many batches there are."""
+        return sum(map(len, self.groups))
+
     def peeked(self) -> tuple[Any, "Arrays"]:
         """The first batch as shapes and dtypes (None without any), and all of the data."""
         return abstract(self.arrays, self.groups[0].shape[1]) if self.groups else None, self
@@ -99,6 +103,10 @@ class Stream:
             if seen == self.num_samples:
                 return
         _check_enough(seen, self.num_samples)
+
+    def length(self) -> int | None:
+        """How many batches there are, at most; None where only reading tells."""
+        return len(self.batches) if isinstance(self.batches, Sized) and not isinstance(self.batches, Iterator) else None
 
     def peeked(self) -> tuple[Any, "Stream"]:
         """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array
 
+from flaxbn.data.progress import Progress, counting
 from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
 from flaxbn.diagnostics.drift import Drift
 from flaxbn.diagnostics.evidence import NoiseByDomain, Subject, gather
@@ -83,6 +84,7 @@ def diagnose(
     only: Callable[[str], bool] | None = None,
     num_batches: int = 64,
     epsilon: float = 1e-5,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Names the traps that a model is in, with the number that shows each, and its cure. Nothing is changed.
 
@@ -144,6 +146,8 @@ noise of the batch that its bounds clip, of the examples shuffled |
             that of these, which is not that of all where the data are sorted, and an order that changes more slowly
             does not show.
         epsilon: what the layers add to the variance.
+        progress: `(done, total)`, called after each batch of each pass over them; `total` is None until all are done,
+            since what is found decides what is looked at. `flaxbn.progress_bar()` shows it.
 
     Raises:
         ValueError: if the model has no batch-norm layer, which is seen before data are read if `batch_stats` tells; if
@@ -156,10 +160,9 @@ noise of the batch that its bounds clip, of the examples shuffled |
     """
     model, variables = open_model(model, variables)
     check_stored(variables, model)
-    with one_warning():
-        subject = Subject.of(
-            model, variables, batches, call=call, only=only, batch_size=batch_size, num_batches=num_batches
-        )
+    with one_warning(), counting(progress) as counter:
+        options: dict[str, Any] = {"call": call, "only": only, "batch_size": batch_size, "num_batches": num_batches}
+        subject = Subject.of(model, variables, batches, **options, counter=counter)
         subject.note_unseen()
         meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
         if meaningless:

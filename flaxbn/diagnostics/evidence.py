@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import is_moments, merge
 from flaxbn.data.batches import count_samples
+from flaxbn.data.progress import Counter
 from flaxbn.diagnostics.drift import Drift, compare
 from flaxbn.diagnostics.findings import HARMLESS_SHARE
 from flaxbn.diagnostics.loss_gap import Gap, gap
@@ -53,6 +54,7 @@ class Subject:
         are_cut: whether they were cut out of arrays, which an estimate cuts in another way.
         batch_size: how many samples each of them holds.
         example: a batch of at least eight samples, if there are as many, to look at outputs with.
+        counter: counts the batches that are passed, those of every pass.
     """
 
     model: Model
@@ -63,6 +65,7 @@ class Subject:
     are_cut: bool
     batch_size: int
     example: Any
+    counter: Counter
 
     @classmethod
     def of(
@@ -75,13 +78,14 @@ class Subject:
         only: Callable[[str], bool] | None,
         batch_size: int | None,
         num_batches: int,
+        counter: Counter,
     ) -> "Subject":
         """The subject of `diagnose`, which has the same arguments."""
         drawn = some_batches(batches, batch_size, num_batches)
         size = count_samples(drawn[0])
         several = joined(by_shape(drawn)[0][: -(-_EXAMPLES // size)])
         example = jax.tree.map(lambda a: a[: max(size, _EXAMPLES)], several)
-        return cls(model, variables, call, only, drawn, batch_size is not None, size, example)
+        return cls(model, variables, call, only, drawn, batch_size is not None, size, example, counter)
 
     def note_unseen(self) -> None:
         """Notes what takes part in the model without a tap; a model that runs no batch-norm layer is an error."""
@@ -95,7 +99,8 @@ class Subject:
 
     def moments_of(self, batches: Iterable[Any]) -> list[Any]:
         """The moments of each batch, which is normalized by itself in all layers, as in training."""
-        return [*batch_moments(self.model, self.variables, batches, call=self.call, only=self.only)]
+        found = batch_moments(self.model, self.variables, batches, call=self.call, only=self.only)
+        return [*self.counter.each(found)]
 
     @functools.cached_property
     def moments(self) -> list[Any]:
@@ -167,7 +172,7 @@ def gather(
         noise=_noise_by_domain(subject, groups, epsilon),
         shuffled=_noise_by_domain(subject, anew, epsilon),
         renormalized=bounds,
-        losses=gap(model, variables, iter(subject.batches), loss_fn, call=call, domain=domain),
+        losses=gap(model, variables, subject.counter.each(subject.batches), loss_fn, call=call, domain=domain),
         left_by_bounds={} if not bounds else _noise_by_domain(subject, left, epsilon),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.data.batches import Stream, count_samples, open_batches
+from flaxbn.data.progress import Progress, counting
 from flaxbn.data.samples import show
 from flaxbn.models.apply import apply
 from flaxbn.models.arguments import Model, open_model, takes_model
@@ -65,6 +66,7 @@ def gap(
     batch_size: int | None = None,
     validation: Any = None,
     domain: Callable[[Any], Any] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Any, Gap]:
     """Splits the difference of training and validation loss into the part of normalization and the rest.
 
@@ -93,6 +95,8 @@ def gap(
         validation: validation data, in the same form; all of them count.
         domain: `batch -> labels`, one for each example; then there is a record for each label of the training data
             besides.
+        progress: `(done, total)`, called after each batch; `total` is None until all are done. `flaxbn.progress_bar()`
+            shows it.
 
     Returns:
         Records by label; that of all examples under None.
@@ -111,14 +115,15 @@ def gap(
     def validation_losses(batch: Any) -> tuple[Array]:
         return (loss_fn(apply(model, variables, batch, call=call), batch),)
 
-    with one_warning():
-        (by_batch, by_stored), labels, numbers = _over(_cut(batches, batch_size, full=True), losses, domain)
-    rows = {None: np.full(len(labels), True)} | {label: labels == label for label in _distinct(labels, domain)}
-    there: dict[Any, float | None] = dict.fromkeys(rows)
-    if validation is not None:
-        (found,), others, _ = _over(_cut(validation, batch_size), validation_losses, domain)
-        there |= {label: float(np.mean(found[others == label])) for label in _distinct(others, domain)}
-        there[None] = float(np.mean(found))
+    with one_warning(), counting(progress) as counter:
+        training = counter.each(_cut(batches, batch_size, full=True))
+        (by_batch, by_stored), labels, numbers = _over(training, losses, domain)
+        rows = {None: np.full(len(labels), True)} | {label: labels == label for label in _distinct(labels, domain)}
+        there: dict[Any, float | None] = dict.fromkeys(rows)
+        if validation is not None:
+            (found,), others, _ = _over(counter.each(_cut(validation, batch_size)), validation_losses, domain)
+            there |= {label: float(np.mean(found[others == label])) for label in _distinct(others, domain)}
+            there[None] = float(np.mean(found))
     return {
         label: _record(by_batch[taken], by_stored[taken], numbers[taken], there[label]) for label, taken in rows.items()
     }

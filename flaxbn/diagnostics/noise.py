@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import count_samples
+from flaxbn.data.progress import Progress, counting
 from flaxbn.diagnostics.sample import some_batches
 from flaxbn.estimation.precise import batch_moments
 from flaxbn.models.arguments import Model, open_model, takes_model
@@ -71,6 +72,7 @@ def batch_noise(
     tolerance: float = 0.1,
     num_batches: int = 64,
     epsilon: float = 1e-5,
+    progress: Progress | None = None,
 ) -> tuple[BatchNoise, ...]:
     """How far batches of one size stray from their population in each layer, the weights being frozen.
 
@@ -102,6 +104,7 @@ def batch_noise(
         num_batches: at most so many batches, of arrays or of a list of batches drawn at random, always the same; of
             another iterable the first, whose population stands for all.
         epsilon: what the layers add to the variance.
+        progress: `(done, total)`, called after each batch; `flaxbn.progress_bar()` shows it.
 
     Returns:
         A record for each layer; for layers with several rows of statistics one for each row that saw data.
@@ -114,8 +117,9 @@ def batch_noise(
         raise ValueError(f"`tolerance` must be positive: got {tolerance}.")
     model, variables = open_model(model, variables)
     chosen = some_batches(batches, batch_size, num_batches)
-    with one_warning():
-        found = [*batch_moments(model, variables, chosen, call=call, only=only)]
+    with one_warning(), counting(progress) as counter:
+        counter.expect(len(chosen))
+        found = [*counter.each(batch_moments(model, variables, chosen, call=call, only=only))]
     rows = rows_of(model, variables, chosen[0], call=call)
     return noise_among(found, count_samples(chosen[0]), rows, tolerance=tolerance, epsilon=epsilon)
 

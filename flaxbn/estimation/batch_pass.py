@@ -6,20 +6,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from flaxbn.data.placement import split_axes
-from flaxbn.data.samples import common_length
+from flaxbn.data.batches import abstract
+from flaxbn.data.placement import shards, split_axes
+from flaxbn.data.samples import common_length, count_samples
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
-from flaxbn.estimation.compiled import Layout
+from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
 from flaxbn.estimation.keys import fold_in
+from flaxbn.estimation.request import Request
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap
+
+TOGETHER = 4  # a program that takes several batches uses its memory again; what waits for it is held meanwhile
 
 
 class Pass:
@@ -34,8 +39,10 @@ class Pass:
             leading axis or, where `places` (batches, size) are given, of these samples, as `merge_joined` packs them;
             of the first `count` only, where that is given.
         has_run: the numbers of batches, and of samples in all, that `scan` was compiled for before threads ran it.
-        step: `(buffer, slot, closed, variables, rngs, batch, present, step)`: puts those of one batch into a chunk's
-            buffer.
+        together: how many batches of a stream `step` takes at once.
+        step: `(buffer, slot, count, closed, variables, rngs, batches, present, numbers)`: puts those of the first
+            `count` of a list of batches into the rows from `slot` on of a chunk's buffer, which is used up.
+        has_stepped: whether `step` is compiled.
     """
 
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
@@ -45,7 +52,9 @@ class Pass:
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
         self.has_run: set[tuple[int, int]] = set()
+        self.together = 1 if layout.sharding is not None else min(TOGETHER, self.chunk)
         self.step = jax.jit(self._step, donate_argnums=0)
+        self.has_stepped = False
         self._like: tuple[Hashable, list[Record]] | None = None
 
     def pending(self, steps: Sequence[int], packed: Packed) -> Pending:
@@ -126,9 +135,35 @@ class Pass:
         steps = most if count is None else count  # one that is known is no question to an accelerator after each step
         return merge_joined(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
 
-    def _step(self, buffer: list[Record], slot: Any, closed: Closed, *args: Any) -> tuple[list[Record], Array]:
-        *_, step = args
-        return put(buffer, slot, self.sharded_moments(closed, *args)), step + 1
+    def _step(
+        self,
+        buffer: list[Record],
+        slot: Any,
+        count: Any,
+        closed: Closed,
+        variables: Any,
+        rngs: Any,
+        batches: Sequence[Any],
+        present: Any,
+        numbers: Array,
+    ) -> tuple[list[Record], Array]:
+        def step(i: Any, buffer: list[Record]) -> list[Record]:
+            batch = [a[i] for a in stacked]
+            return put(buffer, slot + i, self.sharded_moments(closed, variables, rngs, batch, present, numbers[i]))
+
+        stacked = [jnp.stack(arrays) for arrays in zip(*batches, strict=True)]
+        steps = 1 if len(batches) == 1 else count
+        return jax.lax.fori_loop(0, steps, step, buffer), numbers + 1
+
+
+def key_of_pass(asked: Request, batch: Any, present: Any) -> Shapes:
+    """What finds a pass: by the part of the batch that normalizes together, the last one that is not empty."""
+    samples = None if present is None else int(np.sum(present))
+    if asked.options.by_device:
+        size = count_samples(batch) // shards(asked.options.sharding)
+        batch = abstract(batch, size)
+        samples = None if samples is None else (samples - 1) % size + 1
+    return shapes_of(asked.variables, batch, asked.rngs, present=samples)
 
 
 merge_buffer = jax.jit(merge_joined, static_argnames="by_device")

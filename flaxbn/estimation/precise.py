@@ -1,6 +1,6 @@
 """One pass over batches with the weights frozen: each layer normalizes by its own batch, the moments are merged."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -8,39 +8,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.batches import Arrays, Stream, abstract, count_samples
-from flaxbn.data.placement import by_step, padding, placed, shards
-from flaxbn.estimation.batch_pass import Pass, merge_buffer
-from flaxbn.estimation.chunks import Ahead, room
-from flaxbn.estimation.compiled import Shapes, shapes_of
-from flaxbn.estimation.joined import Packed, Pending, Record, fetched
+from flaxbn.data.batches import Arrays, Stream, abstract
+from flaxbn.data.placement import by_step, padding, shards
+from flaxbn.data.progress import Counter
+from flaxbn.estimation.batch_pass import Pass, key_of_pass
+from flaxbn.estimation.compiled import shapes_of
+from flaxbn.estimation.joined import Packed, fetched
 from flaxbn.estimation.layer_moments import Result, check_finite, check_several, checked_tree, merged_by_layer
 from flaxbn.estimation.request import Request, has_other_names, request, tracing_options
 from flaxbn.estimation.reuse import Compiled
+from flaxbn.estimation.stream import Passed, run_stream
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.arguments import Model, open_model
 from flaxbn.models.linen import Call
 
-_AHEAD = 2  # batches of a stream: one is computed while the next is read
-_OPEN = 4  # buffers of a stream, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
+_REPORTS = 20  # about so often a pass over arrays tells how far it is, where anybody looks
 
 
-def precise_pass(asked: Request, data: Arrays | Stream) -> list[Result]:
+def precise_pass(asked: Request, data: Arrays | Stream, counter: Counter) -> list[Result]:
     """The moments of all batches, in chunks.
 
     Each is looked at as soon as it is there, since a stream may have no end: moments that are not finite, or of a
     single value, are an error. What comes last is one transfer.
     """
     results: list[Result] = []
-    for some in _scan_arrays(asked, data) if isinstance(data, Arrays) else _run_stream(asked, data):
+    counter.expect(data.length())
+    passed = _scan_arrays(asked, data, counter) if isinstance(data, Arrays) else run_stream(asked, data)
+    for batches, some in passed:
         found = fetched(some)
         check_finite(found, asked.layers)
         check_several(found, asked.layers)
         results += found
+        counter.add(batches)
     return results
 
 
-def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
+def _scan_arrays(asked: Request, data: Arrays, counter: Counter) -> Iterator[Passed]:
     options, variables, rngs = asked[:3]
     arrays = data.on_device() if options.sharding is None else None
     passes = Compiled(Pass, options)
@@ -49,40 +52,47 @@ def _scan_arrays(asked: Request, data: Arrays) -> Iterator[list[Pending]]:
         present = padding(places.shape[1], shards(options.sharding))
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
-        compiled, (closed,) = passes.find(_shapes(asked, abstract(data.arrays, places.shape[1]), present))
+        compiled, (closed,) = passes.find(key_of_pass(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
-            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first)
+            parts = _REPORTS if counter.is_watched else 1
+            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first, parts)
         else:
             begin = first
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
                 batches = jax.device_put(data.take(chunk), by_step(options.sharding))
                 packed = compiled.scan(closed, variables, rngs, batches, None, None, present, begin)
-                yield [compiled.pending(range(begin, begin + len(chunk)), packed)]
+                yield len(chunk), [compiled.pending(range(begin, begin + len(chunk)), packed)]
                 begin += len(chunk)
         first += len(places)
 
 
-def _on_one_device(compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int) -> Iterator[list[Pending]]:
-    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores."""
+def _on_one_device(
+    compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int, least: int
+) -> Iterator[Passed]:
+    """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
+
+    There are at least so many parts, if there are as many batches.
+    """
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
     cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // len(leaves[0]))
-    own = np.array_split(places, max(cores, -(-len(places) // compiled.chunk)))
+    number = max(cores, -(-len(places) // compiled.chunk), min(least, len(places)))
+    own = np.array_split(places, -(-number // cores) * cores)
     parts = [(first + begin, part) for begin, part in zip(np.cumsum([0, *map(len, own)]).tolist(), own)]
 
-    def pending(part: tuple[int, np.ndarray], packed: Packed) -> Pending:
-        begin, rows = part
-        return compiled.pending(range(begin, begin + len(rows)), packed)
+    def passed(some: Sequence[tuple[int, np.ndarray]], packed: Sequence[Packed]) -> Passed:
+        found = [compiled.pending(range(begin, begin + len(rows)), one) for (begin, rows), one in zip(some, packed)]
+        return sum(len(rows) for _, rows in some), found
 
-    if cores == 1:
+    if cores == least == 1:
         for begin, rows in parts:
-            yield [pending((begin, rows), compiled.scan(*args, rows, None, None, begin))]
+            yield passed([(begin, rows)], [compiled.scan(*args, rows, None, None, begin)])
         return
     run = _with_room_for_all(compiled, args, parts)
     with Cores(cores, tracing_options) as threads:
         for i in range(0, len(parts), cores):
             some = parts[i : i + cores]
-            yield [*map(pending, some, threads.each(run, some))]
+            yield passed(some, threads.each(run, some))
 
 
 def _with_room_for_all(
@@ -104,60 +114,6 @@ def _with_room_for_all(
         run((begin, longest[:0]))
         compiled.has_run.add(key)
     return run
-
-
-def _shapes(asked: Request, batch: Any, present: Any) -> Shapes:
-    """The key of a compiled pass: by the part of the batch that normalizes together, the last one that is not empty."""
-    samples = None if present is None else int(np.sum(present))
-    if asked.options.by_device:
-        size = count_samples(batch) // shards(asked.options.sharding)
-        batch = abstract(batch, size)
-        samples = None if samples is None else (samples - 1) % size + 1
-    return shapes_of(asked.variables, batch, asked.rngs, present=samples)
-
-
-class _Chunk:
-    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
-
-    def __init__(self, like: Pass, moments: list[Record]) -> None:
-        self.steps: list[int] = []
-        self._like = like
-        self._buffer = room(moments, like.chunk)
-
-    def add(self, compiled: Pass, *args: Any) -> Any:
-        """Takes one batch more; returns a token, which is ready when it is done."""
-        self._buffer, done = compiled.step(self._buffer, len(self.steps), *args)
-        self.steps.append(args[-1])
-        return done
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.steps) == self._like.chunk
-
-    def merged(self) -> Pending:
-        return self._like.pending(self.steps, merge_buffer(self._buffer, by_device=self._like.layout.by_device))
-
-
-def _run_stream(asked: Request, data: Stream) -> Iterator[list[Pending]]:
-    """However many shapes there are, few buffers are open: the one that was used longest ago is merged."""
-    options, variables, rngs = asked[:3]
-    passes = Compiled(Pass, options)
-    chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
-    ahead = Ahead(_AHEAD)
-    for step, batch in enumerate(data):
-        batch, present = placed(batch, options.sharding)
-        compiled, (closed,) = passes.find(_shapes(asked, batch, present))
-        args = (closed, variables, rngs, jax.tree.leaves(batch), present, step)
-        key, moments = compiled.moments_like(*args)
-        chunk = chunks.pop(key, None) or _Chunk(compiled, moments)
-        ahead.started(chunk.add(compiled, *args))
-        if chunk.is_full:
-            yield [chunk.merged()]
-        else:
-            chunks[key] = chunk
-        if len(chunks) > _OPEN:
-            yield [chunks.pop(next(iter(chunks))).merged()]
-    yield [chunk.merged() for chunk in chunks.values()]
 
 
 def batch_moments(

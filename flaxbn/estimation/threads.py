@@ -1,4 +1,4 @@
-"""Batches of one pass on the cores of a CPU, by threads.
+"""Batches of one pass on the cores of a CPU, by threads: parts of a list, or one after the other as they come.
 
 What measures a layer splits the convolutions that XLA would spread over all cores, and its reductions run on one.
 Batches do not depend on each other, so the cores may as well take batches. What one thread starts runs in the order in
@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 _MOST = 8  # each thread holds the activations of a batch, and XLA uses the cores within one, too
 _LEAST_BYTES = 2**20  # of data for each thread; below, starting it takes longer than it saves
+_LEAST_BATCH = 2**16  # bytes of a batch that comes by itself: handing it to a thread costs as much as a smaller one
 
 
 def cores_for(arguments: Any, batches: int, nbytes: int) -> int:
@@ -29,11 +30,13 @@ def cores_for(arguments: Any, batches: int, nbytes: int) -> int:
     return cores if cores > 1 and _on_one_cpu(arguments) else 1
 
 
+def lanes_for(arguments: Any, nbytes: int) -> int:
+    """How many threads are to take batches of so many bytes as they come; 1 also where `cores_for` is."""
+    return min(_cores(), _MOST) if nbytes >= _LEAST_BATCH and _on_one_cpu(arguments) else 1
+
+
 class Cores:
     """So many threads, for one list of parts after the other; a context manager, with which they end.
-
-    Options of jax that a context manager sets hold for one thread. Where `look()` sees others in a thread than here,
-    the parts are computed one after the other, here.
 
     Attributes:
         number: into how many parts a list of batches is to be cut.
@@ -45,12 +48,7 @@ class Cores:
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Cores":
-        if self.number > 1:
-            pool = ThreadPoolExecutor(self.number)
-            if pool.submit(self._options).result() == self._options():
-                self._pool = pool
-            else:
-                pool.shutdown()
+        self._pool = _pool(self.number, self._look) if self.number > 1 else None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -63,8 +61,48 @@ class Cores:
             return [compute(part) for part in parts]
         return [*self._pool.map(lambda part: jax.block_until_ready(compute(part)), parts)]
 
-    def _options(self) -> Any:
-        return self._look(), jax.sharding.get_abstract_mesh()
+
+class Lanes:
+    """Threads for parts that come one by one; each does its own in their order. A context manager.
+
+    Attributes:
+        number: how many there are; with 1, parts are computed here, when they are given.
+    """
+
+    def __init__(self, number: int, look: Callable[[], Any]) -> None:
+        pools = [_pool(1, look) for _ in range(number)] if number > 1 else []
+        self._pools = [pool for pool in pools if pool is not None]
+        self.number = max(len(self._pools), 1)
+
+    def __enter__(self) -> "Lanes":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def start(self, lane: int, compute: Callable[[P], T], part: P) -> Callable[[], T]:
+        """Begins to compute in a lane; gives what waits for the result, or raises what was raised."""
+        if self._pools:
+            return self._pools[lane].submit(compute, part).result
+        found = compute(part)
+        return lambda: found
+
+
+def _pool(threads: int, look: Callable[[], Any]) -> ThreadPoolExecutor | None:
+    """So many threads, or None where jax would do something else in them than here.
+
+    Options of jax that a context manager sets hold for one thread: `look()` tells which there are.
+    """
+
+    def options() -> Any:
+        return look(), jax.sharding.get_abstract_mesh()
+
+    pool = ThreadPoolExecutor(threads)
+    if pool.submit(options).result() == options():
+        return pool
+    pool.shutdown()
+    return None
 
 
 def _on_one_cpu(arguments: Any) -> bool:

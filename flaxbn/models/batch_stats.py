@@ -5,6 +5,7 @@ A call of a layer inside a scan, a vmap or a shared module reads some of these, 
 place of the means, a traced model tells which. Moments of calls then merge by number, and come back as a tree.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
 from flaxbn.data.placement import put_together
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.places import Pair, Path, named_pairs, path_of, places_of
+from flaxbn.models.recognized import statistics_names
+
+_STRUCTURES = 64  # of trees that were looked at last
 
 
 class StoredLayers(NamedTuple):
@@ -51,12 +55,20 @@ def stored_layers(batch_stats: Any, read: Iterable[Pair] = ()) -> StoredLayers:
         ValueError: if there are 2**23 channels or more. The numbers, and the numbers plus their total, go through
             float32 in the place of means, and float32 tells integers apart below 2**24.
     """
-    shapes = leaf_shapes(batch_stats)
-    places = named_pairs(shapes) | {path_of(pair): pair for pair in read}
+    leaves, structure = jax.tree.flatten(batch_stats)
+    return _numbered(structure, tuple(map(np.shape, leaves)), tuple(read), statistics_names())
+
+
+@functools.lru_cache(maxsize=_STRUCTURES)
+def _numbered(structure: Any, of_leaves: tuple[Any, ...], read: tuple[Pair, ...], names: Any) -> StoredLayers:
+    """The layers of a tree of these shapes; every estimate asks for them a few times, of hundreds of leaves."""
+    shapes = dict(zip(leaf_names(structure), of_leaves))
+    places = named_pairs(shapes, names) | {path_of(pair): pair for pair in read}
     entries, total = {}, 0
     for path, (mean, _) in places.items():
         size = int(np.prod(shapes[mean]))
         entries[path] = np.arange(total + 1, total + 1 + size).reshape(shapes[mean])
+        entries[path].flags.writeable = False
         total += size
     if total >= 2**23:
         raise ValueError(
@@ -74,14 +86,13 @@ def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """`variables` with the statistics of all layers in float32 or wider, as the tracer computes with them."""
     if "batch_stats" not in variables:
         return variables
+    leaves, structure = jax.tree.flatten(variables["batch_stats"])
+    if all(getattr(leaf, "dtype", None) == np.float32 for leaf in leaves):
+        return variables
     statistics = {place for pair in stored_layers(variables["batch_stats"]).places.values() for place in pair}
-
-    def wide(path: Any, leaf: Any) -> Any:
-        if getattr(leaf, "dtype", None) == np.float32:
-            return leaf
-        return leaf.astype(widen(leaf.dtype)) if dict_names(path) in statistics else leaf
-
-    return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(wide, variables["batch_stats"])}
+    names = leaf_names(structure)
+    wide = [leaf.astype(widen(leaf.dtype)) if name in statistics else leaf for name, leaf in zip(names, leaves)]
+    return {**variables, "batch_stats": jax.tree.unflatten(structure, wide)}
 
 
 def all_entries(layers: StoredLayers) -> np.ndarray:
@@ -167,27 +178,28 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
         TypeError: if a mean is complex and the stored one is not.
     """
     found = by_path(moments)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(batch_stats)
-    stored = {dict_names(path): leaf for path, leaf in leaves}
+    leaves, structure = jax.tree.flatten(batch_stats)
+    names = leaf_names(structure)
+    stored = dict(zip(names, leaves))
     _check_places(found, stored, keep_unseen)
     fields = {
         name: (getattr(value, field), value.count)
         for path, value in found.items()
         for name, field in zip(places_of(path, stored) or (), ("mean", "var"))
     }
-    places = [i for i, (path, _) in enumerate(leaves) if dict_names(path) in fields]
-    names = [dict_names(leaves[i][0]) for i in places]
-    old = [leaves[i][1] for i in places]
-    new = [_replaced(leaf, *fields[name]) for name, leaf in zip(names, old)]
-    _check_finite(names, new)
-    replaced = dict(zip(places, _placed_as(new, old)))
-    return jax.tree.unflatten(structure, [replaced.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
+    places = [i for i, name in enumerate(names) if name in fields]
+    old, own = [leaves[i] for i in places], [names[i] for i in places]
+    with np.errstate(over="ignore"):  # `_check_finite` looks at it
+        new = [_replaced(leaf, *fields[name]) for name, leaf in zip(own, old)]
+    _check_finite(own, new)
+    for i, leaf in zip(places, _placed_as(new, old)):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _replaced(old: Any, new: Any, count: Any) -> np.ndarray:
     """One leaf: the new mean or variance where there is data, what is stored elsewhere."""
-    with np.errstate(over="ignore"):  # `_check_finite` looks at it
-        value = np.asarray(new).astype(old.dtype)
+    value = np.asarray(new).astype(old.dtype)
     seen = np.asarray(count) > 0
     return value if seen.all() else np.where(seen, value, old)
 
@@ -250,7 +262,15 @@ def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLa
 
 def named_leaves(tree: Any) -> dict[Path, Any]:
     """The leaves of a tree by the dictionary keys on their path, in the order of the tree."""
-    return {dict_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves, structure = jax.tree.flatten(tree)
+    return dict(zip(leaf_names(structure), leaves))
+
+
+@functools.lru_cache(maxsize=_STRUCTURES)
+def leaf_names(structure: Any) -> tuple[Path, ...]:
+    """The dictionary keys on the path of each leaf, of the structure of a tree."""
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return tuple(dict_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
 
 
 def dict_names(path: Any) -> Path:

@@ -11,10 +11,10 @@ Pair = tuple[Path, Path]
 """The paths of two leaves, a mean and a variance."""
 
 
-def named_pairs(shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, Pair]:
-    """The leaves that are a mean and a variance by their names, of one shape, by the path of what holds them."""
+def named_pairs(shapes: Mapping[Path, tuple[int, ...]], names: Iterable[tuple[str, str]]) -> dict[Path, Pair]:
+    """The leaves that are a mean and a variance by these names, of one shape, by the path of what holds them."""
     found: dict[Path, Pair] = {}
-    for mean, var in statistics_names():
+    for mean, var in names:
         for path, shape in shapes.items():
             other = (*path[:-1], var)
             if path[-1:] == (mean,) and shapes.get(other) == shape:

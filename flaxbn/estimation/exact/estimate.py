@@ -12,6 +12,7 @@ import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream
 from flaxbn.data.processes import gather, on_all
+from flaxbn.data.progress import Counter
 from flaxbn.estimation.exact.layer_by_layer import run
 from flaxbn.estimation.exact.pieces import in_pieces
 from flaxbn.estimation.exact.plan import plan_batches
@@ -23,23 +24,27 @@ from flaxbn.estimation.request import Request
 from flaxbn.models.batch_stats import all_entries
 
 
-def exact_pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
+def exact_pass(
+    asked: Request, data: Arrays | Stream, memory_limit: int | None, counter: Counter, *, check_independence: bool
+) -> Result:
     """The exact moments of the data, merged over all processes for each call.
 
     Without a check that examples are independent, a model may have to have whole batches: these are not cut otherwise.
     """
     if not check_independence or not isinstance(data, Arrays):
-        return _pass(asked, data, memory_limit, check_independence=check_independence)
+        return _pass(asked, data, memory_limit, counter, check_independence=check_independence)
     pieces = on_all(lambda: in_pieces(asked, data))
     try:
-        return _pass(asked, pieces, memory_limit, check_independence=True)
+        return _pass(asked, pieces, memory_limit, counter, check_independence=True)
     except NotFiniteError:
         if pieces is data:
             raise
-    return _pass(asked, data, memory_limit, check_independence=True)  # raises, too, naming the batch
+    return _pass(asked, data, memory_limit, counter, check_independence=True)  # raises, too, naming the batch
 
 
-def _pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, check_independence: bool) -> Result:
+def _pass(
+    asked: Request, data: Arrays | Stream, memory_limit: int | None, counter: Counter, *, check_independence: bool
+) -> Result:
     def prepare() -> tuple[list[Batch], list[bool], IndependenceCheck | None]:
         batches = prepare_batches(asked, data.sources())
         if len(batches) == 1 == jax.process_count():
@@ -50,7 +55,7 @@ def _pass(asked: Request, data: Arrays | Stream, memory_limit: int | None, *, ch
 
     batches, kept, check = on_all(prepare)
     calls = _agreed(gather(_signature(batches)))
-    found = run(asked, batches, kept or [True] * calls)
+    found = run(asked, batches, kept or [True] * calls, counter)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
     result = Result(entries, range(len(batches)), found.moments, found.first_bad)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.placement import on_accelerator
 from flaxbn.data.processes import gather, on_all
+from flaxbn.data.progress import Counter
 from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.threads import Cores, cores_for
@@ -31,12 +32,13 @@ class Found(NamedTuple):
     first_bad: list[int]
 
 
-def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found:
+def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
     """All batches through one call after the other, merged over processes once for each call."""
     by_segments = {id(batch.segments): batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
     measured = []
+    counter.expect(len(batches) * len(kept))
     base, waits = 0, not on_accelerator(asked.variables)
     with Cores(_cores_for(asked, batches), tracing_options) as cores:
         for call, keeps in enumerate(kept):
@@ -49,6 +51,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool]) -> Found
                 for batch in batches:
                     batch.read = _already_read
             base = call + 1 if keeps else base
+            counter.add(len(batches))
     moments, bad = jax.device_get(([own.moments for own in measured], [own.bad for own in measured]))
     first_bad = [_first_bad(own.firsts, places) for own, places in zip(measured, bad)]
     return Found(moments, [own.statistics for own in measured], first_bad)

@@ -1,0 +1,158 @@
+"""A precise pass over batches as they come: moments go into buffers, filled by as many threads as a CPU has cores."""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain, cycle, islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxbn.data.batches import Stream
+from flaxbn.data.placement import placed
+from flaxbn.estimation.batch_pass import TOGETHER, Pass, key_of_pass, merge_buffer
+from flaxbn.estimation.chunks import Ahead, room
+from flaxbn.estimation.joined import Pending, Record
+from flaxbn.estimation.request import Request, tracing_options
+from flaxbn.estimation.reuse import Compiled
+from flaxbn.estimation.threads import Lanes, lanes_for
+
+_AHEAD = 1  # groups of a lane: one is computed while the next is read
+_OPEN = 4  # buffers of a lane, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
+
+Passed = tuple[int, list[Pending]]
+"""How many batches more a pass has taken, and the chunks that were merged."""
+
+
+class _Group:
+    """Batches of one shape that are computed by one program.
+
+    Attributes:
+        batches: the leaves of each.
+        numbers: their places in the data.
+    """
+
+    def __init__(self, compiled: Pass, closed: Any, present: Any) -> None:
+        self.compiled = compiled
+        self.batches: list[list[Any]] = []
+        self.numbers: list[int] = []
+        self._others = closed, present
+
+    def arguments(self, asked: Request) -> tuple[Any, ...]:
+        """What `compiled.step` takes after buffer and slot; as many batches as it has room for, the last one again."""
+        closed, present = self._others
+        more = self.compiled.together - len(self.batches)
+        batches, numbers = self.batches + more * self.batches[-1:], self.numbers + more * self.numbers[-1:]
+        count = len(self.batches)
+        return count, closed, asked.variables, asked.rngs, batches, present, np.asarray(numbers, np.int32)
+
+
+def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
+    """The moments of all batches, in chunks.
+
+    Batches are read here, one after the other, and go to the lanes in groups, in turn: what is found depends on how
+    many lanes there are by rounding only.
+    """
+    batches = _placed(asked, data)
+    first = [*islice(batches, 1)]
+    arguments = asked.variables, asked.rngs, first
+    cores = lanes_for(arguments, sum(a.nbytes for a in jax.tree.leaves(first)))
+    waiting: deque[Callable[[], Passed]] = deque()
+    with Lanes(cores, tracing_options) as threads:
+        lanes = [_Lane(asked, is_thread=threads.number > 1) for _ in range(threads.number)]
+        most = in_group(data.length(), len(lanes))
+        for lane, group in zip(cycle(range(len(lanes))), _groups(asked, chain(first, batches), most)):
+            if not group.compiled.has_stepped:  # it is compiled here: each thread would do so by itself
+                while waiting:
+                    yield waiting.popleft()()
+                yield lanes[lane].take(group)
+                group.compiled.has_stepped = True
+            else:
+                waiting.append(threads.start(lane, lanes[lane].take, group))
+            if len(waiting) > (1 + _AHEAD) * len(lanes):
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
+        yield 0, [chunk for one in lanes for chunk in one.rest()]
+
+
+def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:
+    """Each batch where it is computed, and which of its samples are no padding."""
+    return (placed(batch, asked.options.sharding) for batch in data)
+
+
+def in_group(batches: int | None, lanes: int) -> int | None:
+    """How many batches make a group, so that all lanes get as many; None where their number is not known."""
+    if not batches:
+        return None
+    rounds = -(-batches // (lanes * TOGETHER))
+    return -(-batches // (lanes * rounds))
+
+
+def _groups(asked: Request, batches: Iterable[tuple[Any, Any]], most: int | None) -> Iterator[_Group]:
+    """The batches in groups of one shape, of at most so many; few are open, the oldest is closed first."""
+    passes = Compiled(Pass, asked.options)
+    groups: dict[Pass, _Group] = {}
+    for number, (batch, present) in enumerate(batches):
+        compiled, (closed,) = passes.find(key_of_pass(asked, batch, present))
+        group = groups.pop(compiled, None) or _Group(compiled, closed, present)
+        group.batches.append(jax.tree.leaves(batch))
+        group.numbers.append(number)
+        if len(group.numbers) == min(compiled.together, most or compiled.together):
+            yield group
+        else:
+            groups[compiled] = group
+        if len(groups) > _OPEN:
+            yield groups.pop(next(iter(groups)))
+    yield from groups.values()
+
+
+class _Lane:
+    """Groups, one after the other: few buffers are open, the one that was used longest ago is merged first."""
+
+    def __init__(self, asked: Request, *, is_thread: bool) -> None:
+        self._asked = asked
+        self._chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
+        self._ahead = Ahead(0 if is_thread else _AHEAD)  # a thread waits for each: others run meanwhile
+
+    def take(self, group: _Group) -> Passed:
+        """Takes one group more; gives the chunks that were merged."""
+        count, *arguments = group.arguments(self._asked)
+        *others, batches, present, numbers = arguments
+        key, moments = group.compiled.moments_like(*others, batches[0], present, numbers[0])
+        chunk = self._chunks.pop(key, None)
+        done = []
+        if chunk is not None and not chunk.has_room(count):
+            done.append(chunk.merged())
+            chunk = None
+        chunk = chunk or _Chunk(group.compiled, moments)
+        self._ahead.started(chunk.add(group, count, arguments))
+        self._chunks[key] = chunk
+        if len(self._chunks) > _OPEN:
+            done.append(self._chunks.pop(next(iter(self._chunks))).merged())
+        return len(group.numbers), done
+
+    def rest(self) -> list[Pending]:
+        """The chunks that were not."""
+        return [chunk.merged() for chunk in self._chunks.values()]
+
+
+class _Chunk:
+    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
+
+    def __init__(self, like: Pass, moments: list[Record]) -> None:
+        self._numbers: list[int] = []
+        self._like = like
+        self._buffer = room(moments, like.chunk)
+
+    def has_room(self, batches: int) -> bool:
+        return len(self._numbers) + batches <= self._like.chunk
+
+    def add(self, group: _Group, count: int, arguments: Sequence[Any]) -> Any:
+        """Takes a group more; returns a token, which is ready when it is done."""
+        self._buffer, done = group.compiled.step(self._buffer, len(self._numbers), count, *arguments)
+        self._numbers += group.numbers
+        return done
+
+    def merged(self) -> Pending:
+        return self._like.pending(self._numbers, merge_buffer(self._buffer, by_device=self._like.layout.by_device))

@@ -1,0 +1,125 @@
+"""A precise pass over batches as they come: in groups, by threads, with the statistics of one batch after the other."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from models import MLP, train
+from oracle import assert_same_statistics, by_training_mode
+
+import flaxbn
+from flaxbn.estimation.stream import in_group
+from flaxbn.estimation.threads import Lanes
+
+CORES = 3
+X = np.random.default_rng(0).normal(1.0, 2.0, (2048, 256)).astype(np.float32)
+MODEL = MLP((8, 6))
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X[:2])
+
+
+@pytest.fixture(autouse=True)
+def _three_cores(monkeypatch):
+    """Whatever this machine has."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(CORES)), raising=False)
+
+
+@pytest.fixture
+def waiting_threads(monkeypatch):
+    """The threads in which a result is waited for."""
+    seen = set()
+    wait = jax.block_until_ready
+
+    def noted(value):
+        seen.add(threading.current_thread())
+        return wait(value)
+
+    monkeypatch.setattr(jax, "block_until_ready", noted)
+    return seen
+
+
+def cut(*sizes):
+    """Batches of these sizes."""
+    return np.split(X[: sum(sizes)], np.cumsum(sizes)[:-1])
+
+
+def estimate(batches, **options):
+    return flaxbn.estimate_population_stats(MODEL, VARIABLES, batches, **options)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(64,), (64,) * 5, (64,) * 31, (64, 64, 70) * 8, (70, 64) * 4 + (80, 90, 100, 110, 120)]
+)
+@pytest.mark.parametrize("reads", [list, iter])
+def test_the_statistics_are_those_of_one_batch_after_the_other(sizes, reads):
+    """Groups that are full, that are not, and more shapes than may be open at once."""
+    batches = cut(*sizes)
+    assert_same_statistics(estimate(reads(batches)), by_training_mode(MODEL, VARIABLES, batches, train))
+
+
+def test_batches_are_computed_in_threads_one_like_another(waiting_threads):
+    first = estimate(cut(*[64] * 24))
+    assert waiting_threads - {threading.main_thread()}
+    jax.tree.map(np.testing.assert_array_equal, first, estimate(cut(*[64] * 24)))
+    before = threading.active_count()
+    estimate(iter(cut(*[64] * 24)))
+    assert threading.active_count() == before
+
+
+def test_small_batches_are_not_worth_a_thread(waiting_threads):
+    estimate(cut(*[63] * 24))  # of less than 64 KiB
+    assert waiting_threads <= {threading.main_thread()}
+
+
+def test_options_that_hold_for_one_thread(waiting_threads):
+    with jax.default_matmul_precision("highest"):
+        estimate(cut(*[64] * 8))
+    assert waiting_threads <= {threading.main_thread()}
+
+
+@pytest.mark.parametrize("bad", [0, 9, 23])
+def test_an_error_names_the_batch_and_ends_the_threads(bad):
+    batches = [batch.copy() for batch in cut(*[64] * 24)]
+    batches[bad][3] = np.inf
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=rf"not in batch {bad} \(counted from 0\)"):
+        estimate(batches)
+    assert threading.active_count() == before
+
+
+def test_a_loader_that_fails_is_what_is_raised():
+    """Not what came of the batches before it; and its threads end."""
+
+    def load():
+        yield from cut(*[64] * 9)
+        raise ConnectionError("the disk is gone")
+
+    before = threading.active_count()
+    with pytest.raises(ConnectionError, match="the disk is gone"):
+        estimate(load())
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("batches", "lanes", "size"),
+    [(None, 2, None), (0, 2, None), (1, 2, 1), (10, 2, 3), (16, 2, 4), (20, 2, 4), (9, 1, 3)],
+)
+def test_lanes_get_equal_shares_where_the_number_is_known(batches, lanes, size):
+    assert in_group(batches, lanes) == size
+
+
+def test_a_lane_does_its_parts_in_their_order():
+    done = []
+    with Lanes(2, lambda: None) as lanes:
+        results = [lanes.start(i % 2, lambda i: done.append(i) or 10 * i, i) for i in range(20)]
+        assert [result() for result in results] == [10 * i for i in range(20)]
+    for lane in range(2):
+        assert [i for i in done if i % 2 == lane] == [*range(lane, 20, 2)]
+
+
+def test_what_a_lane_raises_is_raised():
+    def fail(part):
+        raise ZeroDivisionError(part)
+
+    with Lanes(2, lambda: None) as lanes, pytest.raises(ZeroDivisionError, match="7"):
+        lanes.start(0, fail, 7)()
