@@ -27,7 +27,8 @@ from fuzz.place import Place
 
 CLASSES = ["nn.BatchNorm", "nn.BatchNorm", "flaxbn.BatchNorm", "flaxbn.BatchNorm", "flaxbn.BatchRenorm", "Scaled"]
 OPTIONS = ["", "", "", "epsilon=1e-3", "use_scale=False", "use_bias=False", "use_scale=False, use_bias=False"]
-WRAPS = ["{}", "nn.remat({})", "nn.jit({})", "nn.remat(nn.jit({}))", "nn.jit(nn.remat({}))"]
+POLICY = "nn.remat({}, policy=jax.checkpoint_policies.dots_saveable)"
+WRAPS = ["{}", "nn.remat({})", "nn.jit({})", "nn.remat(nn.jit({}))", "nn.jit(nn.remat({}))", POLICY]
 
 
 class Draw:
@@ -186,7 +187,7 @@ def scan(draw, place):
     axis = draw.one_of([0, 0, 0, "broadcast", "carried", 1])
     if axis == 1 and any(isinstance(n, Norm) and n.cls == "flaxbn.BatchRenorm" for n in flat(body)):
         axis = 0  # its number of steps has no axis of its own
-    return Scan(body, int(draw.rng.integers(2, 4)), axis, draw.chance(0.3)), place.shape
+    return Scan(body, int(draw.rng.integers(2, 4)), axis, draw.chance(0.3), draw.chance(0.3)), place.shape
 
 
 def vmap(draw, place):

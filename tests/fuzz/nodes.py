@@ -219,6 +219,7 @@ class Scan(Node):
     length: int
     axis: int | str = 0
     reverse: bool = False
+    remat: bool = False
 
     def lines(self, writer):
         name = writer.name("scan")
@@ -232,7 +233,8 @@ class Scan(Node):
             "broadcast": 'variable_broadcast=["params", "batch_stats"], split_rngs={"params": False}',
             "carried": 'variable_broadcast="params", variable_carry="batch_stats", split_rngs={"params": False}',
         }.get(self.axis, f'variable_axes={{"params": 0, "batch_stats": {self.axis}}}, split_rngs={{"params": True}}')
-        loop = f"nn.scan({cls}, {how}, length={self.length}, reverse={self.reverse})"
+        block = f"nn.remat({cls}, prevent_cse=False)" if self.remat else cls
+        loop = f"nn.scan({block}, {how}, length={self.length}, reverse={self.reverse})"
         return [f'x, _ = {loop}(train, name="{name}")(x, None)']
 
 

@@ -69,7 +69,7 @@ class Reference:
             layer = context.module
             if context.method_name == "__call__" and isinstance(layer, nn.BatchNorm | Foreign):
                 channels = np.prod([args[0].shape[axis] for axis in np.ravel(layer.axis)])
-                share = kwargs["mask"].mean() if "mask" in kwargs else 1
+                share = kwargs["mask"].sum() / kwargs["mask"].size if "mask" in kwargs else 1
                 lanes = getattr(layer, "axis_name", None)
                 members = 1 if lanes is None else jax.lax.psum(1, lanes)
                 positions["/".join(layer.path)] = share * members * args[0].size / channels
