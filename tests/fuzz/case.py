@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from fuzz.checks import Check
 from fuzz.data import Data
-from fuzz.nodes import Around, Node, Norm, flat
+from fuzz.nodes import Around, Norm, flat
 from fuzz.reference import Reference, filled, layers
 from fuzz.writer import HEADER, Writer, build
 
@@ -58,13 +58,18 @@ class Case:
         around = [node for node in flat(self.nodes) if isinstance(node, Around) and ".reshape(" in node.before]
         return any(isinstance(node, Norm) and node.cls != "Unknown" for node in flat(around))
 
+    def _used(self):
+        """The classes of the parts, by the modules that they are in."""
+        classes = sorted({type(node) for node in flat(self.nodes)}, key=lambda cls: (cls.__module__, cls.__name__))
+        return {module: [cls.__name__ for cls in own] for module, own in itertools.groupby(classes, _module)}
+
     def script(self):
         """A script that runs the case: the model may be changed in it, what is right is known by the parts."""
         imports = [
             "from fuzz.case import Case",
             "from fuzz.checks import Apply, Domains, Estimate, Export",
             "from fuzz.data import Data",
-            f"from fuzz.nodes import {', '.join(sorted(cls.__name__ for cls in Node.__subclasses__()))}",
+            *(f"from {module} import {', '.join(names)}" for module, names in self._used().items()),
         ]
         nodes = "".join(f"\n        {node!r}," for node in self.nodes)
         rest = "".join(f"\n    {name}={getattr(self, name)!r}," for name in ("data", "check", "left_out"))
@@ -126,6 +131,10 @@ class Case:
             wrong = {name for name in truth if not error_of(found[name], *truth[name]) <= max(allowed.values())}
         if wrong:
             raise AssertionError(described(found, expected, tolerance))
+
+
+def _module(cls):
+    return cls.__module__
 
 
 def error_of(found, expected, size):

@@ -49,15 +49,22 @@ class Apply(Check):
         return self._of(apply, case.data, variables)
 
     def expected(self, data, model, variables, reference):
-        if self.statistics == "running":
-            return in_all({"output": evaluated(model, variables, data.x[data.rows[0]])})
-        return in_all(self._of(lambda params, x: reference.run(x, params)[0], data, variables))
+        def run(params, x):
+            if self.statistics == "running":
+                return evaluated(model, {**variables, "params": params}, x)
+            return reference.run(x, params)[0]
+
+        return in_all(self._of(run, data, variables))
 
     def _of(self, run, data, variables):
         """The output of the first batch, or the gradients of a loss by the parameters and by what is added to it."""
         x, params = data.x[data.rows[0]], variables.get("params", {})
+        if self.how == "vmap":  # a batch that is a lane has statistics of its own
+            return {"output": jax.vmap(run, (None, 0))(params, np.stack([x, 2 * x[::-1]]))}
+        if self.how == "sharded":
+            x = jax.device_put(x[: len(x) // 8 * 8], flaxbn.data_sharding())
         if self.how != "gradient":
-            return {"output": (jax.jit(run) if self.how == "jit" else run)(params, x)}
+            return {"output": (run if self.how == "eager" else jax.jit(run))(params, x)}
         params = jax.tree.map(lambda a: a.astype(np.promote_types(a.dtype, x.real.dtype)), params)
         gradient = jax.grad(lambda given: _loss(run(given["params"], x + given["shift"])))
         return named(jax.jit(gradient)({"params": params, "shift": np.zeros(x.shape, x.real.dtype)}))
@@ -74,6 +81,8 @@ class Estimate(Check):
     sharded: bool = False
     memory_limit: int | None = None
     by_device: bool = False
+    earlier: int = 0
+    """So many batches are those of an earlier estimate, from which this one goes on."""
 
     def options(self, case):
         """The options of an estimate, but for those of the data."""
@@ -85,12 +94,16 @@ class Estimate(Check):
 
     def found(self, case, model, variables):
         batches, options = case.data.given()
-        if self.memory_limit and case.data.stream not in ("iter", "generator"):
+        if self.memory_limit and (case.data.is_list or isinstance(case.data.batches, int)):
             own = {key: value for key, value in self.options(case).items() if key != "method"}
             plan = flaxbn.plan(model, variables, batches, **options, **own)
-            assert plan.samples == case.data.samples
+            assert plan.samples == sum(map(len, case.data.rows))
             assert plan.peak_bytes <= self.memory_limit
-        moments = flaxbn.population_moments(model, variables, batches, **options, **self.options(case))
+        options |= self.options(case)
+        if self.earlier:
+            first, batches = batches[: self.earlier], batches[self.earlier :]
+            options["earlier"] = flaxbn.population_moments(model, variables, first, **options)
+        moments = flaxbn.population_moments(model, variables, batches, **options)
         stats = flaxbn.to_batch_stats(moments, variables["batch_stats"])
         described = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (stats, variables["batch_stats"])]
         assert described[0] == described[1], f"`batch_stats` of another structure: {described}"
@@ -102,7 +115,7 @@ class Estimate(Check):
     def rows(self, data):
         """The samples that normalize together."""
         if self.method == "exact":
-            return [np.arange(data.samples)]
+            return [np.concatenate(data.rows)]
         return [part for rows in data.rows for part in np.split(rows, 8)] if self.by_device else data.rows
 
     def warned_of(self, case, twice):

@@ -21,6 +21,7 @@ class Data:
         batches: the batch size of arrays, or the sizes of the batches of a stream.
         form: what a batch is: "array", "dict" or "tuple"; with weights not an array.
         stream: how batches are given that are a stream: "list", "iter" or "generator"; or "device" for arrays of jax.
+        num_samples: how many of them an estimate is to use; None for all.
         weights: None; "whole" numbers; "quarters" of them, where what has weight 0 is NaN.
     """
 
@@ -32,10 +33,16 @@ class Data:
     form: str = "array"
     stream: str = "list"
     weights: str | None = None
+    num_samples: int | None = None
 
     @property
     def is_complex(self):
         return self.dtype.startswith("complex")
+
+    @property
+    def is_list(self):
+        """Whether it is given as a list of batches."""
+        return not isinstance(self.batches, int) and self.stream in ("list", "device")
 
     @property
     def wide(self):
@@ -69,11 +76,13 @@ class Data:
 
     @property
     def rows(self):
-        """For each batch its samples."""
+        """For each batch its samples: of arrays those used are evenly spaced, of a stream they are the first."""
+        used = self.samples if self.num_samples is None else self.num_samples
         if isinstance(self.batches, int):
-            count = -(-self.samples // self.batches)
-            return [np.arange(k, self.samples, count) for k in range(count)]
-        return np.split(np.arange(self.samples), np.cumsum(self.batches)[:-1])
+            chosen, count = np.arange(used) * self.samples // used, -(-used // self.batches)
+            return [chosen[k::count] for k in range(count)]
+        parts = np.split(np.arange(self.samples), np.cumsum(self.batches)[:-1])
+        return [part[part < used] for part in parts if part[0] < used]
 
     def counted(self, rows):
         """The samples of a batch, each as often as it counts, for a model that knows no weights."""
@@ -95,11 +104,13 @@ class Data:
         options = {} if self.form == "array" else {"call": CALLS[self.form]}
         if self.weights is not None:
             options["sample_weight"] = WEIGHTS[self.form]
+        options |= {} if self.num_samples is None else {"num_samples": self.num_samples}
         kinds = {"list": list, "iter": iter, "generator": lambda b: (one for one in b)}
         held = functools.partial(jax.tree.map, jnp.asarray) if self.stream == "device" else lambda batch: batch
         if isinstance(self.batches, int):
             return held(self.batch(np.arange(self.samples))), {"batch_size": self.batches, **options}
-        return kinds.get(self.stream, list)([held(self.batch(rows)) for rows in self.rows]), options
+        parts = np.split(np.arange(self.samples), np.cumsum(self.batches)[:-1])
+        return kinds.get(self.stream, list)([held(self.batch(rows)) for rows in parts]), options
 
 
 CALLS = {"dict": lambda module, batch: module(batch["x"]), "tuple": lambda module, batch: module(batch[0])}
@@ -107,7 +118,10 @@ WEIGHTS = {"dict": lambda batch: batch["w"], "tuple": lambda batch: batch[1]}
 
 
 def draw_data(rng, shape, dtype, *, smallest, weighted):
-    """Data of 24 to 60 samples, with weights or without; of each batch at least `smallest` samples count."""
+    """Data of 24 to 60 samples; of each batch at least `smallest` samples count.
+
+    Where `weighted` they may have weights, or only some be used.
+    """
     while True:
         samples = int(rng.integers(24, 61))
         batches = int(rng.integers(smallest, samples + 4))
@@ -117,6 +131,7 @@ def draw_data(rng, shape, dtype, *, smallest, weighted):
         weights = str(rng.choice(["whole", "quarters"])) if weighted and rng.random() < 0.4 else None
         form = str(rng.choice(["dict", "tuple"] if weights else ["array", "dict", "tuple"]))
         stream = str(rng.choice(["list", "iter", "generator", "device"]))
-        data = Data(int(rng.integers(2**31)), samples, shape, dtype, batches, form, stream, weights)
+        used = int(rng.integers(16, samples + 1)) if weighted and rng.random() < 0.2 else None
+        data = Data(int(rng.integers(2**31)), samples, shape, dtype, batches, form, stream, weights, used)
         if smallest == 1 or min(np.count_nonzero(data.repeats[rows]) for rows in data.rows) >= smallest:
             return data

@@ -3,24 +3,20 @@
 from dataclasses import replace
 
 import numpy as np
+from fuzz.blocks import Cond, Lifted, Scan, Vmap, Wrapped
 from fuzz.nodes import (
     FOREIGN,
     Around,
     Attention,
     Branches,
-    Cond,
     Dropout,
     Layer,
-    Lifted,
     Line,
     Masked,
     Norm,
     Residual,
-    Scan,
     Sequence,
     Tied,
-    Vmap,
-    Wrapped,
     flat,
 )
 from fuzz.place import Place
@@ -67,7 +63,7 @@ class Draw:
     def model(self, shape, is_complex, count):
         """The parts of a model with a batch-norm layer or more."""
         nodes, place = self.parts(Place(shape, complex=is_complex), count)
-        if self.chance(0.1):
+        if len(shape) > 1 and self.chance(0.15):  # else a batch may be left with a single position
             nodes = (Masked(Norm(self.one_of(["nn.BatchNorm", "flaxbn.BatchNorm"]))), *nodes)
         while not has_norm(nodes):
             nodes = (*nodes, norm(self, place)[0])
@@ -148,7 +144,7 @@ def reshape(draw, place):
     if len(place.shape) == 1:
         return Line("x = jnp.stack([x, x[:, ::-1] ** 2], 1)"), (2, *place.shape)
     if draw.chance(0.5) and np.prod(place.shape) <= 64:
-        return Line("x = x.reshape(len(x), -1)"), (int(np.prod(place.shape)),)
+        return Line("x = x.reshape(x.shape[0], -1)"), (int(np.prod(place.shape)),)
     return Line("x = x.swapaxes(1, -1)"), (place.features, *place.shape[1:-1], place.shape[0])
 
 
@@ -205,7 +201,8 @@ def tied(draw, place):
     between, end = draw.parts(inner, 1)
     if end.shape != place.shape:
         between = (*between, Layer("Dense", str(place.features)))
-    return Tied(norm(draw, place)[0], between), place.shape
+    again = draw.one_of(["{}(x)", "{}(x)", "nn.remat(lambda m, x: m(x))({}, x)", "nn.jit(lambda m, x: m(x))({}, x)"])
+    return Tied(norm(draw, place)[0], between, again), place.shape
 
 
 def lifted(draw, place):

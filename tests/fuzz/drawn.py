@@ -21,7 +21,7 @@ def draw_check(draw):
         ["apply", "apply", "precise", "precise", "precise", "exact", "exact", "exact", "domains", "export"]
     )
     if kind == "apply":
-        return Apply(draw.one_of(["batch"] * 5 + ["running"]), draw.one_of(["jit", "jit", "eager"]))
+        return Apply(draw.one_of(["batch"] * 5 + ["running"]), draw.one_of(["jit", "jit", "eager", "vmap", "sharded"]))
     if kind == "export":
         return Export()
     sharded = draw.chance(0.25)
@@ -45,11 +45,14 @@ def draw_case(seed, parts=5):
         samples = 8 * int(draw.rng.integers(4, 8))
         data = Data(int(draw.rng.integers(2**31)), samples, shape, dtype, samples)
         return Case(draw.model(shape, data.is_complex, 1 + draw.rng.integers(parts)), data, check)
-    smallest = 1 if estimates and check.method == "exact" else 4
+    smallest = (1 if check.method == "exact" else 4) if estimates else 8
     data = draw_data(draw.rng, shape, dtype, smallest=smallest, weighted=estimates)
+    in_parts = data.is_list and len(data.rows) > 1 and data.num_samples is None
+    if type(check) is Estimate and check.method == "precise" and in_parts and draw.chance(0.5):
+        check = dataclasses.replace(check, earlier=1)
     nodes = draw.model(shape, data.is_complex, 1 + draw.rng.integers(parts))
     case = Case(nodes, data, check)
     if estimates and not case.has_merged and draw.chance(0.15):
-        names = sorted({stored_name(name) for name in re.findall(r'"(norm_\d+)"', case.code)})
+        names = sorted({stored_name(name) for name in re.findall(r'"(norm_\d+)"', case.code)} - set(case.unknown))
         case = dataclasses.replace(case, left_out=(draw.one_of(names),)) if len(names) > 1 else case
     return case

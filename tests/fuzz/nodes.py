@@ -112,10 +112,11 @@ class Masked(Node):
 
 @dataclass(frozen=True)
 class Tied(Node):
-    """One layer, called before and behind other parts."""
+    """One layer, called before and behind other parts; `again` is code with {} for the layer in its second call."""
 
     norm: Norm
     between: tuple
+    again: str = "{}(x)"
 
     def lines(self, writer):
         first, second = writer.calls(writer.name("norm"), 2)
@@ -124,7 +125,12 @@ class Tied(Node):
             before, behind = (f"x = {self.norm.constructed(writer, name)}(x)" for name in (first, second))
             return [before, *between, behind]
         tied = first.replace("norm", "tied")
-        return [f"{tied} = {self.norm.constructed(writer, first)}", f"x = {tied}(x)", *between, f"x = {tied}(x)"]
+        return [
+            f"{tied} = {self.norm.constructed(writer, first)}",
+            f"x = {tied}(x)",
+            *between,
+            f"x = {self.again.format(tied)}",
+        ]
 
     def children(self):
         return [self.norm, *self.between]
@@ -168,19 +174,6 @@ class Around(Node):
 
 
 @dataclass(frozen=True)
-class Wrapped(Node):
-    """A block under `nn.remat`, `nn.jit` or both, or as it is; `wrap` is code with {} for the class."""
-
-    wrap: str
-    body: tuple
-
-    def lines(self, writer):
-        name = writer.name("block")
-        cls = writer.module(name.title(), writer.lines(self.body))
-        return [f'x = {self.wrap.format(cls)}(train, name="{name}")(x)']
-
-
-@dataclass(frozen=True)
 class Sequence(Node):
     """A Dense layer, a function and a batch-norm layer in an `nn.Sequential`."""
 
@@ -191,109 +184,6 @@ class Sequence(Node):
         dense, norm = writer.name("dense"), writer.name("norm")
         first = f'nn.Dense({self.features}, name="{dense}"{writer.options()})'
         return [f"x = nn.Sequential([{first}, jnp.tanh, {self.norm.constructed(writer, norm)}])(x)"]
-
-    def children(self):
-        return [self.norm]
-
-
-@dataclass(frozen=True)
-class Cond(Node):
-    """A block in a branch that is always taken, and known to be."""
-
-    body: tuple
-
-    def lines(self, writer):
-        name = writer.name("block")
-        cls = writer.module(name.title(), writer.lines(self.body))
-        if writer.reference:
-            return [f'x = {cls}(train, name="{name}")(x)']
-        branch = f"nn.cond(x.ndim > 0, lambda m, x: {name}(x), lambda m, x: x, self, x)"
-        return [f'{name} = {cls}(train, name="{name}")', f"x = {name}(x) if self.is_initializing() else {branch}"]
-
-
-@dataclass(frozen=True)
-class Scan(Node):
-    """A block in a loop, with statistics of each step's own along `axis`; or "broadcast" or "carried" from all."""
-
-    body: tuple
-    length: int
-    axis: int | str = 0
-    reverse: bool = False
-    remat: bool = False
-
-    def lines(self, writer):
-        name = writer.name("scan")
-        shared = isinstance(self.axis, str)
-        lines = writer.lines(self.body)
-        if shared and writer.reference:
-            cls = writer.module(name.title(), lines)
-            return [f'x = {cls}(train, name="{one}")(x)' for one in writer.calls(name, self.length)]
-        cls = writer.module(name.title(), lines, carries=True)
-        how = {
-            "broadcast": 'variable_broadcast=["params", "batch_stats"], split_rngs={"params": False}',
-            "carried": 'variable_broadcast="params", variable_carry="batch_stats", split_rngs={"params": False}',
-        }.get(self.axis, f'variable_axes={{"params": 0, "batch_stats": {self.axis}}}, split_rngs={{"params": True}}')
-        block = f"nn.remat({cls}, prevent_cse=False)" if self.remat else cls
-        loop = f"nn.scan({block}, {how}, length={self.length}, reverse={self.reverse})"
-        return [f'x, _ = {loop}(train, name="{name}")(x, None)']
-
-
-@dataclass(frozen=True)
-class Vmap(Node):
-    """A block side by side along an axis of x, with variables of each lane's own, or the same for all.
-
-    A layer whose statistics are shared must merge its lanes to train, and so the reference does. To evaluate, it need
-    not know that there are others: `silent` leaves it so.
-    """
-
-    body: tuple
-    axis: int
-    shared: bool = False
-    silent: bool = False
-
-    def lines(self, writer):
-        name = writer.name("vmap")
-        outer = writer.lanes
-        if self.shared and (writer.reference or not self.silent):
-            writer.lanes = name
-        cls = writer.module(name.title(), writer.lines(self.body))
-        writer.lanes = outer
-        params, stats = ("None", "None") if self.shared else ("0", "0")
-        how = (
-            f'variable_axes={{"params": {params}, "batch_stats": {stats}}}, split_rngs={{"params": {not self.shared}}}'
-        )
-        lanes = f"nn.vmap({cls}, in_axes={self.axis}, out_axes={self.axis}, {how}"
-        lanes += f', axis_name="{name}")' if self.shared else ")"
-        return [f'x = {lanes}(train, name="{name}")(x)']
-
-
-@dataclass(frozen=True)
-class Lifted(Node):
-    """A layer beside a method under `nn.remat` or `nn.jit` in which there is none."""
-
-    how: str
-    features: int
-    norm: Norm
-
-    def lines(self, writer):
-        block, norm = writer.name("lifted"), writer.name("norm")
-        constructed = self.norm.constructed(writer, norm, "self.train").replace(f', name="{norm}"', "")
-        writer.text(f"""
-            class {block.title()}(nn.Module):
-                train: bool
-
-                def setup(self):
-                    self.dense = nn.Dense({self.features}{writer.options()})
-                    self.{norm} = {constructed}
-
-                @nn.{self.how}
-                def first(self, x):
-                    return self.dense(x)
-
-                def __call__(self, x):
-                    return self.{norm}(self.first(x))
-        """)
-        return [f'x = {block.title()}(train, name="{block}")(x)']
 
     def children(self):
         return [self.norm]
