@@ -82,6 +82,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/exact.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/first_calls.py
 	$(BIN)/python benchmarks/imports.py
 
 clean:

@@ -8,6 +8,8 @@ One executable runs several steps one after the other, each on buffers of its ow
 cache still holds is measured. The floor is 8 accesses of x at the speed of a copy: forward reads x to measure it, reads
 it to normalize it and writes y; backward reads x and y's gradient for two sums, and both again to write x's gradient.
 `saved` is what the backward passes of the three layers are handed, in bytes of x.
+
+Then the same with ghost batches: flaxbn.BatchNorm with `virtual_batch_size`, in 32 groups, against itself without.
 """
 
 import argparse
@@ -31,6 +33,8 @@ LAYERS = {
     "Flax": nn.BatchNorm,
     "Flax two-pass": functools.partial(nn.BatchNorm, use_fast_variance=False),
 }
+IN_GROUPS = ((1024, 16, 16, 32), (256, 28, 28, 32), (1024, 512))
+GROUPS = 32
 ACCESSES = 8
 BYTES = 2**28  # of x, y and both gradients, of all steps in one executable: more than caches hold
 COPIED = 2**28
@@ -93,15 +97,38 @@ def copy_bandwidth(rounds: int) -> float:
     return 2 * copy.nbytes / best
 
 
-def benchmark(shape: tuple[int, ...], dtype: str, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """The times of one step for one shape and type."""
+def timed(layers: dict[str, nn.Module], xs: list[jax.Array], cotangents: list[jax.Array], rounds: int) -> Any:
+    """Seconds for one step of each layer, in every round."""
+    runs = {name: steps_in_a_row(layer, xs, cotangents) for name, layer in layers.items()}
+    times = harness.interleave(runs, rounds)
+    return {name: [seconds / len(xs) for seconds in values] for name, values in times.items()}
+
+
+def inputs(shape: tuple[int, ...], dtype: str) -> tuple[list[jax.Array], list[jax.Array]]:
+    """As many inputs, and gradients of outputs, as one executable takes."""
     size = math.prod(shape) * jnp.dtype(dtype).itemsize
     copies = max(1, round(BYTES / (4 * size)))
     xs, cotangents = (list(jax.random.normal(jax.random.key(seed), (copies, *shape), dtype)) for seed in (1, 2))
+    return xs, cotangents
+
+
+def benchmark_groups(shape: tuple[int, ...], dtype: str, rounds: int) -> dict[str, Any]:
+    """The times of one step in groups, and of one without."""
+    sizes = {f"{GROUPS} groups": shape[0] // GROUPS, "flaxbn": None}
+    layers = {
+        name: flaxbn.BatchNorm(use_running_average=False, dtype=dtype, virtual_batch_size=size)
+        for name, size in sizes.items()
+    }
+    times = timed(layers, *inputs(shape, dtype), rounds)
+    return {"shape": shape, "dtype": dtype} | harness.compare(times, ours=f"{GROUPS} groups")
+
+
+def benchmark(shape: tuple[int, ...], dtype: str, rounds: int, bandwidth: float) -> dict[str, Any]:
+    """The times of one step for one shape and type."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    xs, cotangents = inputs(shape, dtype)
     layers = {name: layer(use_running_average=False, dtype=dtype) for name, layer in LAYERS.items()}
-    runs = {name: steps_in_a_row(layer, xs, cotangents) for name, layer in layers.items()}
-    times = harness.interleave(runs, rounds)
-    times = {name: [seconds / copies for seconds in values] for name, values in times.items()}
+    times = timed(layers, xs, cotangents, rounds)
     row = {"shape": shape, "dtype": dtype} | harness.compare(times, ours="flaxbn")
     floor = 1e3 * ACCESSES * size / bandwidth
     return row | {
@@ -122,9 +149,11 @@ def main() -> None:
     shapes = SHAPES if jax.default_backend() == "cpu" else SHAPES + ON_ACCELERATORS
     rows = [benchmark(shape, dtype, arguments.rounds, bandwidth) for dtype in arguments.dtypes for shape in shapes]
     markdown = harness.table(rows, ["shape", "dtype", "floor, ms", "over the floor", "saved"])
+    groups = [benchmark_groups(shape, dtype, arguments.rounds) for dtype in arguments.dtypes for shape in IN_GROUPS]
+    markdown += f"\n\n## In {GROUPS} groups\n\n" + harness.table(groups, ["shape", "dtype"])
     facts = {"copy": f"{bandwidth / 1e9:.3g} GB/s, read and written"}
     print(f"{facts['copy']}; {harness.machine()['allocator']}\n\n{markdown}")
-    report = {"machine": harness.machine() | facts, "rounds": arguments.rounds, "rows": rows}
+    report = {"machine": harness.machine() | facts, "rounds": arguments.rounds, "rows": rows, "groups": groups}
     harness.save("layers", jax.devices()[0].device_kind, report, markdown)
 
 

@@ -13,6 +13,8 @@ What is named here and in these two is public, and stays where it is; the rooms 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flaxbn.arithmetic.averages import Debiased as Debiased
+from flaxbn.arithmetic.averages import cumulative as cumulative
 from flaxbn.arithmetic.measure import measure as measure
 from flaxbn.arithmetic.moments import Moments as Moments
 from flaxbn.arithmetic.moments import merge as merge
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
     from flaxbn import domains as domains
     from flaxbn import linen as linen
     from flaxbn import nnx as nnx
+    from flaxbn import torch as torch
     from flaxbn.data.placement import data_sharding as data_sharding
     from flaxbn.data.progress import progress_bar as progress_bar
     from flaxbn.domains import weight_decay_mask as weight_decay_mask
     from flaxbn.estimation.exact.plan import Plan as Plan
     from flaxbn.estimation.exact.plan import plan as plan
+    from flaxbn.estimation.population import blend as blend
     from flaxbn.estimation.population import estimate_population_stats as estimate_population_stats
     from flaxbn.estimation.population import to_batch_stats as to_batch_stats
     from flaxbn.estimation.population_moments import population_moments as population_moments
@@ -47,17 +51,20 @@ if TYPE_CHECKING:
     from flaxbn.models.independence import assert_batch_independent as assert_batch_independent
     from flaxbn.models.mark import mark as mark
     from flaxbn.models.recognized import recognize as recognize
+    from flaxbn.models.steps import set_steps as set_steps
+    from flaxbn.models.user_functions import CallError as CallError
 
 __version__ = "0.1.0"
 
 # What a training does not need is loaded when it is asked for: the layers add 15 ms to importing Flax, all of it 60.
-_MODULES = ("diagnostics", "domains", "linen", "nnx")
+_MODULES = ("diagnostics", "domains", "linen", "nnx", "torch")
 _ROOMS = {
     "data_sharding": "data.placement",
     "progress_bar": "data.progress",
     "weight_decay_mask": "domains",
     "Plan": "estimation.exact.plan",
     "plan": "estimation.exact.plan",
+    "blend": "estimation.population",
     "estimate_population_stats": "estimation.population",
     "to_batch_stats": "estimation.population",
     "population_moments": "estimation.population_moments",
@@ -70,6 +77,8 @@ _ROOMS = {
     "assert_batch_independent": "models.independence",
     "mark": "models.mark",
     "recognize": "models.recognized",
+    "CallError": "models.user_functions",
+    "set_steps": "models.steps",
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import flaxbn
+from flaxbn.estimation.recompiled import compiled_shapes
 
 NUM_DEVICES = 8
 # What the workers of one run and the scripts that they start compile, so that it is compiled once.
@@ -35,6 +36,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter():
     chex.clear_trace_counter()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet():
+    """What other tests compiled is no reason to warn this one."""
+    compiled_shapes.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ SUMS = "flaxbn_sums"
 # by a quarter of a standard deviation if they are independent.
 _MANY_VALUES = 2**16
 _MANY_POSITIONS = 256
+_FEW_POSITIONS = 32  # in one of many lanes: two in a sample, off by less than three standard deviations in 30 000
 _HALVINGS = 4  # 1/16: reading a sample costs next to nothing beside reading all
 
 
@@ -100,6 +101,7 @@ def measure_deviations(
     dtype: Any = None,
     axis_name: Hashable = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    lanes: int = 1,
 ) -> Measured:
     """`measure` before rounding, of any positions that share statistics, those of other members included.
 
@@ -112,6 +114,7 @@ def measure_deviations(
         weights, fast, dtype: as in `measure`.
         axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s, and with
             weights that are no bools a `pmax`.
+        lanes: how many arrays are measured at once, where `jax.vmap` maps this over others like `x`.
 
     Returns:
         float32 or wider, of the shape that `sharing` gives statistics.
@@ -133,7 +136,7 @@ def measure_deviations(
     pivot, deviation = jnp.zeros((), x.dtype), x
     if not fast:
         whole = weights is not None or sharing.domain is not None
-        count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes)))
+        count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes, lanes)))
         pivot = rounded_mean(first, count).astype(x.dtype)
         pivot = _kept(jnp.where(jnp.isfinite(pivot), pivot, 0))
         deviation = x - sharing.spread(pivot)
@@ -199,7 +202,7 @@ def _in_units(
     return _Weights(units, power * many, largest)
 
 
-def sample(x: Array, axes: Sequence[int]) -> Array:
+def sample(x: Array, axes: Sequence[int], lanes: int = 1) -> Array:
     """One position in 16 along `axes`, on a lattice; all of `x` where there are few, or where devices split them.
 
     The mean of a share f of the positions is off that of all by at most `sqrt((1 - f) / f)` standard deviations,
@@ -213,10 +216,13 @@ def sample(x: Array, axes: Sequence[int]) -> Array:
     Args:
         x: the values.
         axes: the axes that statistics are sums over, not negative.
+        lanes: how many arrays like `x` there are. Of many, each may be small: in all they are not in the cache when
+            they are read again.
     """
+    positions = math.prod(x.shape[axis] for axis in axes)
     spec = jax.typeof(x).sharding.spec
     free = [axis for axis in axes if axis >= len(spec) or spec[axis] is None]
-    if not free or x.size < _MANY_VALUES or math.prod(x.shape[axis] for axis in axes) < _MANY_POSITIONS:
+    if not free or lanes * x.size < _MANY_VALUES or positions < (_MANY_POSITIONS if lanes == 1 else _FEW_POSITIONS):
         return x
     strides = [1] * x.ndim
     for _ in range(_HALVINGS):

@@ -1,5 +1,6 @@
 """Weighted mean and variance of arrays, as a monoid: `measure` makes Moments of values, and here they merge."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,38 @@ def merge_deviations_along(pivots: Array, deviations: Moments) -> tuple[Array, M
     count = deviations.count
     common = rounded_mean(jnp.sum(count * pivots, 0, keepdims=True), jnp.sum(count, 0, keepdims=True))
     return common[0], merge_along(shifted(deviations, pivots - common))
+
+
+def merge_groups(
+    pivots: Array,
+    deviations: Moments,
+    axis_name: Hashable = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[Array, Moments]:
+    """`merge_deviations_along` for groups that may lie on several members of a mapped axis; two `psum`s.
+
+    Args:
+        pivots: those of the groups, along the leading axis; constants.
+        deviations: the Moments of what was measured about them.
+        axis_name, axis_index_groups: merge the groups of all members, as in `merge_across`.
+
+    Returns:
+        A pivot, and the Moments of the deviations from it, of all groups.
+    """
+    total = functools.partial(total_of_groups, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    count, first = total((deviations.count, deviations.count * pivots))
+    pivot = rounded_mean(first, count)
+    mean = deviations.mean + (pivots - pivot[None])
+    first, second = total((deviations.count * mean, deviations.count * (deviations.var + abs2(mean))))
+    return pivot, Moments(count, *mean_and_var(count, first, second))
+
+
+def total_of_groups(
+    values: Any, axis_name: Hashable = None, axis_index_groups: Sequence[Sequence[int]] | None = None
+) -> Any:
+    """The sums of a tree of arrays over their leading axis of groups, and over the members of a mapped axis."""
+    sums = jax.tree.map(lambda v: v.sum(0), values)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
 
 
 def merge_across(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.placement import to_auto
-from flaxbn.data.samples import common_length, hide
+from flaxbn.data.samples import check_numbers, common_length, gather_names, hide
 from flaxbn.data.samples import count_samples as count_samples
 
 
@@ -170,13 +170,20 @@ def open_batches(
         check_not_deleted("batches", batches)
     if batch_size is None:
         return Stream(batches, num_samples)
-    arrays = to_auto(jax.tree.map(_as_array, batches))
-    _check_numbers(arrays)
+    arrays = to_auto(jax.tree.map(_as_array, gather_names(batches)))
+    if not in_order:
+        check_numbers("batches", arrays, _NAMES, " where `batch_size` is given")
     samples = count_samples(arrays)
     _check_enough(samples, num_samples)
     chosen = None if num_samples is None else np.arange(num_samples, dtype=np.int64) * samples // num_samples
     cut = consecutive_rows if in_order else strided_rows
     return Arrays(arrays, chosen, cut(num_samples or samples, batch_size))
+
+
+_NAMES = (
+    "Leave that array out, or number what it names, `names, numbers = numpy.unique(array, return_inverse=True)`; or "
+    "give an iterable of batches, in which names may stand."
+)
 
 
 def strided_rows(samples: int, batch_size: int) -> tuple[np.ndarray, ...]:
@@ -225,18 +232,6 @@ def _check_kind(batches: Any, batch_size: int | None) -> None:
             f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
             "`batch_size` out for an iterator, whose batches are taken as they are."
         )
-
-
-def _check_numbers(arrays: Any) -> None:
-    """Arrays of names or objects cannot be cut on a device: an error that says where they can be."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        dtype = getattr(leaf, "dtype", None)
-        if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
-            raise TypeError(
-                f"`batches` must hold arrays of numbers where `batch_size` is given: got {dtype} at "
-                f"batches{jax.tree_util.keystr(path)}. Leave that array out, or number what it names; or give an "
-                "iterable of batches, in which names may stand."
-            )
 
 
 def _check_enough(seen: int, num_samples: int | None) -> None:

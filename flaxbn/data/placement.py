@@ -157,16 +157,20 @@ def padding(size: int, parts: int) -> np.ndarray | None:
     return np.arange(-(-size // parts) * parts) < size
 
 
-def placed(batch: Any, sharding: NamedSharding | None) -> tuple[Any, np.ndarray | None]:
-    """A batch on the device or devices, padded to what divides, and which of its samples are present."""
-    if sharding is None:
+def placed(batch: Any, sharding: NamedSharding | None, multiple: int | None = None) -> tuple[Any, np.ndarray | None]:
+    """A batch on the device or devices, padded to what divides, and which of its samples are present.
+
+    That is a multiple of so many samples, by default of the parts over which `sharding` spreads them.
+    """
+    multiple = multiple or shards(sharding)
+    if sharding is None and multiple == 1:
         return jax.tree.map(jnp.asarray, batch), None
     size = count_samples(batch)
-    present = padding(size, shards(sharding))
+    present = padding(size, multiple)
     if present is not None:
         rows = np.minimum(np.arange(len(present)), size - 1)
         batch = jax.tree.map(lambda a: (a if isinstance(a, jax.Array) else np.asarray(a))[rows], batch)
-    return jax.device_put(batch, sharding), present
+    return jax.device_put(batch, sharding) if sharding is not None else jax.tree.map(jnp.asarray, batch), present
 
 
 def by_step(sharding: NamedSharding) -> NamedSharding:

@@ -34,14 +34,34 @@ def _key(value: Any) -> Hashable | None:
     return (type(value), value) if isinstance(value, str | bytes | bool | np.generic) else None
 
 
-def hide(batch: Any) -> Any:
-    """A batch whose leaves are arrays and numbers; others, Python's bools among them, are part of its structure."""
+def hide(batch: Any, *, numbers: bool = False) -> Any:
+    """A batch whose leaves are arrays and numbers; others, Python's bools among them, are part of its structure.
+
+    So are all of Python's `numbers` where that is asked for.
+    """
 
     def hidden(leaf: Any) -> Any:
-        is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+        is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool) and not numbers
         return leaf if is_number or isinstance(leaf, jax.ShapeDtypeStruct) or is_array(leaf) else Static(leaf)
 
     return jax.tree.map(hidden, batch)
+
+
+def gather_names(batch: Any) -> Any:
+    """A batch whose lists of names are arrays of names, which have an axis of samples like all others.
+
+    Examples:
+        >>> gather_names({"site": ["north", "south"]})["site"].shape
+        (2,)
+    """
+
+    def is_list_of_names(node: Any) -> bool:
+        return isinstance(node, list | tuple) and bool(node) and all(isinstance(item, str | bytes) for item in node)
+
+    def gathered(node: Any) -> Any:
+        return np.asarray(node) if is_list_of_names(node) else node
+
+    return jax.tree.map(gathered, batch, is_leaf=is_list_of_names)
 
 
 def show(batch: Any) -> Any:
@@ -58,6 +78,32 @@ def is_array(leaf: Any) -> bool:
     if not isinstance(leaf, np.ndarray | np.generic):
         return isinstance(leaf, jax.Array)
     return leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)
+
+
+def is_names(leaf: Any) -> bool:
+    """Whether a leaf is an array of numpy that jax cannot hold."""
+    return isinstance(leaf, np.ndarray) and not is_array(leaf)
+
+
+def check_numbers(name: str, arrays: Any, cure: str, where: str = "") -> None:
+    """Arrays of names or objects cannot be cut or kept on a device: an error that names the first.
+
+    Args:
+        name: what the user calls the argument.
+        arrays: the argument.
+        cure: what to do about it.
+        where: under which condition they must be numbers.
+
+    Raises:
+        TypeError: if there is one.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+        dtype = np.asarray(leaf).dtype if isinstance(leaf, str | bytes) else getattr(leaf, "dtype", None)
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
+            raise TypeError(
+                f"`{name}` must hold arrays of numbers{where}: got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}. {cure}"
+            )
 
 
 def common_length(arrays: Any) -> int | None:

@@ -16,12 +16,13 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import is_moments, merge
 from flaxbn.data.batches import count_samples
 from flaxbn.data.progress import Counter
+from flaxbn.data.samples import hide
 from flaxbn.diagnostics.drift import Drift, compare
 from flaxbn.diagnostics.findings import HARMLESS_SHARE
 from flaxbn.diagnostics.loss_gap import Gap, gap
 from flaxbn.diagnostics.noise import BatchNoise, noise_among
 from flaxbn.diagnostics.renorm_layers import Bounds, bounds_of_rows, renormalized
-from flaxbn.diagnostics.sample import by_shape, joined, reshuffled, some_batches, strided
+from flaxbn.diagnostics.sample import by_shape, joined, labels_of, reshuffled, some_batches, strided
 from flaxbn.estimation.precise import batch_moments
 from flaxbn.models.arguments import Model
 from flaxbn.models.batch_stats import select, with_wide_statistics
@@ -89,7 +90,7 @@ class Subject:
 
     def note_unseen(self) -> None:
         """Notes what takes part in the model without a tap; a model that runs no batch-norm layer is an error."""
-        variables, batch = with_wide_statistics(self.variables), self.batches[0]
+        variables, batch = with_wide_statistics(self.variables), hide(self.batches[0])
         traced = trace(self.model, variables, batch, self.call, None)
         check_layers(traced.program, self.model, variables)
         others = len(jax.tree.leaves(batch))
@@ -207,7 +208,7 @@ def _numbers_by_domain(batches: Sequence[Any], domain: Callable[[Any], Any] | No
         return everything
     groups: dict[Any, list[int]] = {}
     for number, batch in enumerate(batches):
-        labels = np.unique(np.asarray(domain(batch))).tolist()
+        labels = np.unique(labels_of(domain, batch)).tolist()
         groups.setdefault(labels[0] if len(labels) == 1 else None, []).append(number)
     mixed = groups.pop(None, [])
     if len(groups) < 2 or len(mixed) > (1 - _MOSTLY) * len(batches):

@@ -1,21 +1,23 @@
 """How much of a difference in loss is due to normalization."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
 from flaxbn.data.batches import Stream, count_samples, open_batches
 from flaxbn.data.progress import Progress, counting
-from flaxbn.data.samples import show
+from flaxbn.data.samples import gather_names, show
+from flaxbn.diagnostics.compiled import compiled
+from flaxbn.diagnostics.sample import labels_of
 from flaxbn.models.apply import apply
 from flaxbn.models.arguments import Model, open_model, takes_model
 from flaxbn.models.linen import Call
 from flaxbn.models.unseen import one_warning
+from flaxbn.models.user_functions import run_explained
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,13 @@ def gap(
     """
     model, variables = open_model(model, variables)
 
-    @jax.jit
-    def losses(batch: Any) -> tuple[Array, Array]:
-        by_batch = apply(model, variables, batch, statistics="batch", call=call)
-        return loss_fn(by_batch, batch), loss_fn(apply(model, variables, batch, call=call), batch)
+    def loss(batch: Any, statistics: Literal["running", "batch"]) -> Any:
+        output = apply(model, variables, batch, statistics=statistics, call=call)
+        wanted = "`(output, batch) -> losses`, one for each example"
+        return run_explained("loss_fn", wanted, loss_fn, output=output, batch=batch)
 
-    @jax.jit
-    def validation_losses(batch: Any) -> tuple[Array]:
-        return (loss_fn(apply(model, variables, batch, call=call), batch),)
+    losses = compiled(lambda batch: (loss(batch, "batch"), loss(batch, "running")))
+    validation_losses = compiled(lambda batch: (loss(batch, "running"),))
 
     with one_warning(), counting(progress) as counter:
         training = counter.each(_cut(batches, batch_size, full=True))
@@ -130,7 +131,7 @@ def gap(
 
 
 def _over(
-    batches: Iterable[Any], losses: Callable[[Any], tuple[Array, ...]], domain: Callable[[Any], Any] | None
+    batches: Iterable[Any], losses: Callable[[Any], Sequence[Array]], domain: Callable[[Any], Any] | None
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The columns of losses of all examples, their labels, and the numbers of their batches.
 
@@ -139,11 +140,10 @@ def _over(
     rows = []
     for number, batch in enumerate(batches):
         size = count_samples(batch)
-        labels = np.zeros(size) if domain is None else np.asarray(domain(batch))
+        labels = np.zeros(size) if domain is None else labels_of(domain, batch)
         found = [np.asarray(column, np.float64) for column in losses(batch)]
-        for name, values in (("loss_fn", found[0]), ("domain", labels)):
-            if values.shape != (size,):
-                raise ValueError(f"`{name}` must give one value for each example, shape ({size},): got {values.shape}.")
+        if found[0].shape != (size,):
+            raise ValueError(f"`loss_fn` must give one value for each example, shape ({size},): got {found[0].shape}.")
         rows.append((*found, labels, np.full(size, number)))
     if not rows:
         raise ValueError("The data must hold at least one batch: got none.")
@@ -155,7 +155,7 @@ def _cut(batches: Any, batch_size: int | None, *, full: bool = False) -> Iterabl
     """Batches in the order of the data; of arrays, where `full`, without a smaller last one."""
     data = open_batches(batches, batch_size, in_order=True)
     if isinstance(data, Stream) or not full:
-        return map(show, data)
+        return (gather_names(show(batch)) for batch in data)
     return (data.take(places) for group in data.groups for places in group if len(places) == batch_size)
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import count_samples
+from flaxbn.data.samples import is_array
 from flaxbn.diagnostics.evidence import Evidence, Subject
-from flaxbn.diagnostics.findings import Finding, Trap
+from flaxbn.diagnostics.findings import ESTIMATE, Finding, Trap
 from flaxbn.estimation.layer_moments import NotFiniteError
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import named_leaves, stored_layers
@@ -23,6 +24,7 @@ from flaxbn.models.independence import BatchDependenceError, assert_batch_indepe
 NOT_FINITE = Trap(
     "not finite",
     "Find the batch that did it, and estimate the statistics anew: a running average never forgets it.",
+    ESTIMATE,
 )
 
 
@@ -76,13 +78,14 @@ def _not_finite_outputs(subject: Subject) -> list[str]:
 
 
 def _is_finite(leaf: Any) -> bool:
-    return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
+    return not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
 
 
 TRAINING_MODE = Trap(
     "training mode at inference",
     "Evaluate with stored statistics (`use_running_average=True`, `train=False` in `call`; an nnx model is evaluated "
     "as after `model.eval()`, unless `call` says otherwise), and mend whatever else reduces over the batch.",
+    "call=lambda module, batch: module(batch, train=False)",
 )
 
 
@@ -104,7 +107,7 @@ def _change_with_the_batch(subject: Subject) -> float:
     """By how much of their size outputs change where the batch is a third of itself: the largest of all outputs."""
     size = count_samples(subject.example)
     rows = split(size)[0]
-    third = jax.tree.map(lambda a: jnp.asarray(a)[rows], subject.example)
+    third = jax.tree.map(lambda a: a[rows], subject.example)
     found = (outputs(subject.model, subject.variables, batch, subject.call) for batch in (subject.example, third))
     changes = [0.0]
     for whole, again in zip(*found):

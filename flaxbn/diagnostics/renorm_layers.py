@@ -14,6 +14,7 @@ import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.arithmetic.renorm import correction
+from flaxbn.data.samples import hide
 from flaxbn.layers.linen import BatchRenorm
 from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import as_tree, by_path, named_leaves
@@ -72,7 +73,7 @@ def bounds_of_rows(
         fields = model.renormalizing(variables)
     else:
         with nn.intercept_methods(note):
-            trace(model, variables, batch, call, None)
+            trace(model, variables, hide(batch), call, None)
     stored = named_leaves(variables["batch_stats"])
     return {
         row.name: _bounds(*bounds, _steps(stored.get((*path, "steps"), 0), row, np.size(stored[(*path, "mean")])))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Stream, check_positive, count_samples, open_batches, strided_rows
-from flaxbn.data.samples import show
+from flaxbn.data.samples import gather_names, hide, show
+from flaxbn.models.user_functions import run_explained
 
 
 def some_batches(batches: Any, batch_size: int | None, num_batches: int) -> list[Any]:
@@ -54,7 +55,7 @@ def _from_all_over(data: Stream, num_batches: int) -> list[Any]:
     batches: Sequence[Any] = data.batches  # type: ignore[assignment]
     if len(batches) <= num_batches:
         return [*data] if len(batches) else []
-    last_is_smaller = count_samples(batches[-1]) < count_samples(batches[0])
+    last_is_smaller = count_samples(hide(batches[-1])) < count_samples(hide(batches[0]))
     return data.pick(_drawn(len(batches) - last_is_smaller, num_batches))
 
 
@@ -69,13 +70,27 @@ def _full_batches(data: Stream, num_batches: int) -> list[Any]:
             "Batches must be of one size, that of training, but for a smaller last one, which is left out: got "
             f"{sorted(set(sizes))} samples. Give batches of one size."
         )
-    full = [show(batch) for batch, size in zip(some, sizes) if size == sizes[0] > 0]
+    full = [gather_names(show(batch)) for batch, size in zip(some, sizes) if size == sizes[0] > 0]
     if len(full) < 2:
         raise ValueError(
             f"Two batches of one size are needed at least: got batches of {sizes} samples and "
             f"`num_batches={num_batches}`."
         )
     return full
+
+
+def labels_of(domain: Callable[[Any], Any], batch: Any) -> np.ndarray:
+    """The labels of the examples of a batch, numbers or names, by a function of the user.
+
+    Raises:
+        ValueError: if it does not give one for each.
+    """
+    labels = np.asarray(run_explained("domain", "`batch -> labels`, one for each example", domain, batch=batch))
+    if labels.shape != (count_samples(batch),):
+        raise ValueError(
+            f"`domain` must give one value for each example, shape ({count_samples(batch)},): got {labels.shape}."
+        )
+    return np.asarray(labels.tolist()) if labels.dtype == object else labels
 
 
 def joined(batches: Sequence[Any]) -> Any:

@@ -10,16 +10,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from flaxbn.arithmetic.moments import merge_along
 from flaxbn.data.batches import abstract
-from flaxbn.data.placement import shards, split_axes
+from flaxbn.data.placement import split_axes
 from flaxbn.data.samples import common_length, count_samples
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.chunks import batches_in_chunk, put, room
 from flaxbn.estimation.compiled import Layout, Shapes, shapes_of
 from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
-from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.sharded import measure_sharded
+from flaxbn.models.keys import fold_in
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap
@@ -52,7 +53,8 @@ class Pass:
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
         self.has_run: set[tuple[int, int]] = set()
-        self.together = 1 if layout.sharding is not None else min(TOGETHER, self.chunk)
+        has_one_shape = layout.sharding is None and layout.group is None
+        self.together = min(TOGETHER, self.chunk) if has_one_shape else 1
         self.step = jax.jit(self._step, donate_argnums=0)
         self.has_stepped = False
         self._like: tuple[Hashable, list[Record]] | None = None
@@ -86,7 +88,7 @@ class Pass:
         if tap.site not in self.calls.entries:
             return stored_statistics(tap)
         self.calls.check_values(tap)
-        sharding = None if self.layout.by_device else self.layout.sharding
+        sharding = None if self.layout.has_parts else self.layout.sharding
         measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding)
         return *batch_statistics(tap, measured), Record.of(measured)
 
@@ -95,6 +97,8 @@ class Pass:
     ) -> list[Record]:
         """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
         sharding = self.layout.sharding
+        if self.layout.group is not None:
+            return self._group_moments(closed, variables, rngs, batch, present, step)
         if not self.layout.by_device or sharding is None:
             return self._moments(closed, variables, rngs, batch, present, step)
         axes = split_axes(sharding)
@@ -110,6 +114,18 @@ class Pass:
             on_device, mesh=sharding.mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
         )
         return spread(closed, variables, rngs, batch, present, step)
+
+    def _group_moments(
+        self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
+    ) -> list[Record]:
+        """The moments of a batch whose groups normalize by themselves, merged: another batch may have other groups."""
+        batch, present = jax.tree.map(lambda a: a.reshape(-1, self.layout.group, *a.shape[1:]), (batch, present))
+
+        def of_group(batch: Any, present: Any, number: Any) -> list[Record]:
+            return self._moments(closed, variables, fold_in(rngs, number), batch, present, step)
+
+        records = jax.vmap(of_group)(batch, present, jnp.arange(len(jax.tree.leaves(batch)[0])))
+        return [Record(merge_along(moments), jnp.any(single, 0)) for moments, single in records]
 
     def _scan(
         self,
@@ -159,8 +175,8 @@ class Pass:
 def key_of_pass(asked: Request, batch: Any, present: Any) -> Shapes:
     """What finds a pass: by the part of the batch that normalizes together, the last one that is not empty."""
     samples = None if present is None else int(np.sum(present))
-    if asked.options.by_device:
-        size = count_samples(batch) // shards(asked.options.sharding)
+    if asked.options.layout.has_parts:
+        size = asked.options.layout.part(count_samples(batch))
         batch = abstract(batch, size)
         samples = None if samples is None else (samples - 1) % size + 1
     return shapes_of(asked.variables, batch, asked.rngs, present=samples)

@@ -17,6 +17,7 @@ from flaxbn.models.entries import Reading, check_own_layers, entries_read
 from flaxbn.models.linen import Traced, check_layers, trace
 from flaxbn.models.places import Path
 from flaxbn.models.unseen import leaves_unseen
+from flaxbn.models.user_functions import run_explained
 from flaxbn.tracing.closed import as_arguments, with_own_constants
 from flaxbn.tracing.jaxpr import structure
 from flaxbn.tracing.measure import check_values, stored_statistics
@@ -140,7 +141,12 @@ def _trace_weights(sample_weight: Any, batch: Any) -> tuple[Program | None, list
     """`sample_weight` as a program, and the arrays that it closes over."""
     if sample_weight is None:
         return None, []
-    closed = jax.make_jaxpr(lambda batch: jnp.asarray(sample_weight(show(batch))))(batch)
+
+    def weigh(batch: Any) -> Array:
+        wanted = "`batch -> weights`, one for each sample"
+        return jnp.asarray(run_explained("sample_weight", wanted, sample_weight, batch=show(batch)))
+
+    closed = jax.make_jaxpr(weigh)(batch)
     (weights,), size = closed.out_avals, count_samples(batch)
     if weights.shape != (size,):
         raise ValueError(f"`sample_weight` must return one weight per sample, shape ({size},): got {weights.shape}.")

@@ -1,5 +1,6 @@
 """What a compiled pass over data depends on."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,16 +8,38 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.data.placement import shards
 from flaxbn.models.arguments import Model
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Pair, Path
 
 
 class Layout(NamedTuple):
-    """How batches lie on devices, and whether each device normalizes by itself."""
+    """How batches lie on devices, and whether parts of them normalize by themselves.
+
+    Attributes:
+        sharding: how the samples of a batch are split.
+        by_device: whether each device normalizes its own part by itself.
+        group: how many consecutive samples normalize by themselves, where it is not all.
+    """
 
     sharding: NamedSharding | None
     by_device: bool
+    group: int | None
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether parts of a batch normalize by themselves."""
+        return self.by_device or self.group is not None
+
+    @property
+    def multiple(self) -> int:
+        """Of which the number of samples in a batch is a multiple, where need be by padding."""
+        return math.lcm(shards(self.sharding), self.group or 1)
+
+    def part(self, samples: int) -> int:
+        """How many of so many samples normalize together."""
+        return self.group or samples // (shards(self.sharding) if self.by_device else 1)
 
 
 class PassOptions(NamedTuple):
@@ -32,12 +55,13 @@ class PassOptions(NamedTuple):
     read: tuple[Pair, ...]
     sharding: NamedSharding | None
     by_device: bool
+    group: int | None
     tracing: tuple[Any, ...]
 
     @property
     def layout(self) -> Layout:
         """What of it a pass needs that is made from a traced model."""
-        return Layout(self.sharding, self.by_device)
+        return Layout(self.sharding, self.by_device, self.group)
 
 
 class Shapes(NamedTuple):

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.arithmetic.moments import Moments, is_moments, merge
 from flaxbn.data.progress import Progress
 from flaxbn.estimation.population_moments import population_moments
 from flaxbn.models.arguments import Model, open_model, takes_model
-from flaxbn.models.batch_stats import replace_statistics
+from flaxbn.models.batch_stats import as_tree, by_path, named_leaves, replace_statistics
 from flaxbn.models.linen import Call
+from flaxbn.models.places import Path, places_of
 
 
 @takes_model
@@ -28,7 +31,7 @@ def estimate_population_stats(
     keep_unseen: bool = False,
     memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
-    normalization_batch: Literal["global", "device"] = "global",
+    normalization_batch: Literal["global", "device"] | int = "global",
     rngs: Mapping[str, Array] | None = None,
     check_independence: bool = True,
     progress: Progress | None = None,
@@ -97,7 +100,8 @@ def estimate_population_stats(
         normalization_batch: which samples normalize together in a precise pass: "global", the whole batch, over all
             devices; or "device", each device's part of it by itself, as in a training under `jax.pmap` without
             `axis_name`, for statistics that are to resemble those that the weights were trained with. There is then
-            no communication between devices until the end of the pass.
+            no communication between devices until the end of the pass. Or a number: so many consecutive samples of a
+            batch by themselves, as in training with `virtual_batch_size`; what is left at its end is a smaller group.
         rngs: random keys that `call` needs; each batch gets its own.
         check_independence: for `method="exact"`, check on one batch that examples do not affect each other; it costs
             little, and without it a model that mixes them gets statistics that depend on the batch size after all.
@@ -111,6 +115,7 @@ def estimate_population_stats(
         metadata, as it was.
 
     Raises:
+        CallError: if the model does not run on a batch, with the `call` that might.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or `batches`
             does not fit `batch_size`.
         ValueError: if there is no batch-norm layer; a layer saw no data; the data is empty or has fewer samples than
@@ -182,3 +187,73 @@ def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False)
         [5.0, 6.0]
     """
     return replace_statistics(batch_stats, moments, keep_unseen=keep_unseen)
+
+
+def blend(
+    batch_stats: Any,
+    moments: Any,
+    *,
+    prior: float,
+    samples: int,
+    variance: Literal["average", "total"] = "average",
+) -> Any:
+    """Statistics between those of a model and those of a few examples of other data, to adapt it at test time.
+
+    As if the stored statistics came from `prior` examples of the old data, beside `samples` of the new:
+
+        w = samples / (prior + samples)
+        mean = (1 - w) mean_old + w mean_new        var = (1 - w) var_old + w var_new
+
+    (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation", section 3).
+    With `variance="total"` the variance is that of both data together, `w (1 - w) |mean_new - mean_old|^2` more. The
+    paper's is smaller where the data differ: it is between the two variances, and not that of a mixture.
+
+    `prior=0` gives the statistics of the new data, a large one those of the model. The more examples there are, the
+    less a prior is worth: the paper finds one of a few to a few dozen times the examples best for single batches.
+
+    Args:
+        batch_stats: the stored statistics.
+        moments: those of the new examples, a tree as `population_moments` returns; layers that are not in it, and
+            channels that saw nothing, stay as they are.
+        prior: how many examples the stored statistics count as, 0 or more.
+        samples: how many examples the moments come from (their `count` is of positions, not of examples).
+        variance: "average", the paper's, or "total".
+
+    Returns:
+        A `batch_stats` tree like the old one.
+
+    Raises:
+        ValueError: if a number is negative or both are 0, or `moments` do not fit.
+
+    Examples:
+        >>> import flax.linen as nn, flaxbn, jax, numpy as np
+        >>> model = nn.BatchNorm(use_running_average=True)
+        >>> new = np.float32([[2], [6]])
+        >>> variables = model.init(jax.random.key(0), new)  # mean 0, variance 1
+        >>> moments = flaxbn.population_moments(model, variables, new, batch_size=2)  # mean 4, variance 4
+        >>> blended = flaxbn.blend(variables["batch_stats"], moments, prior=6, samples=2)
+        >>> blended["mean"].item(), blended["var"].item()
+        (1.0, 1.75)
+        >>> flaxbn.blend(variables["batch_stats"], moments, prior=6, samples=2, variance="total")["var"].item()
+        4.75
+    """
+    if not (prior >= 0 and samples >= 0 and prior + samples > 0):
+        raise ValueError(
+            f"`prior` and `samples` must be 0 or more, and one of them positive: got {prior} and {samples}."
+        )
+    if variance not in ("average", "total"):
+        raise ValueError(f'`variance` must be "average" or "total": got {variance!r}.')
+    stored = named_leaves(batch_stats)
+
+    def blended(path: Path, new: Moments) -> Moments:
+        mean, var = (np.asarray(stored.get(place)) for place in places_of(path, stored) or ((), ()))
+        if not is_moments(new) or mean.shape != np.shape(new.mean):
+            return new  # it does not fit: an error, which names it
+        weights = (np.full(var.shape, weight, np.float64) for weight in (prior, samples))
+        parts = [Moments(*fields) for fields in zip(weights, (mean, new.mean), (var, new.var))]  # type: ignore[arg-type]
+        merged = merge(*parts)
+        within = sum(part.count * part.var for part in parts) / merged.count
+        return Moments(new.count, merged.mean, merged.var if variance == "total" else within)
+
+    found = {path: blended(path, new) for path, new in by_path(moments).items()}
+    return replace_statistics(batch_stats, as_tree(found), keep_unseen=True)

@@ -40,7 +40,7 @@ def population_moments(
     keep_unseen: bool = False,
     memory_limit: int | None = None,
     sharding: NamedSharding | None = None,
-    normalization_batch: Literal["global", "device"] = "global",
+    normalization_batch: Literal["global", "device"] | int = "global",
     rngs: Mapping[str, Array] | None = None,
     check_independence: bool = True,
     progress: Progress | None = None,
@@ -120,7 +120,7 @@ def _nothing(like: Moments) -> Moments:
     return Moments(*map(np.zeros_like, like))  # type: ignore[arg-type]
 
 
-def _check_method(method: str, memory_limit: int | None, normalization_batch: str, earlier: Any) -> None:
+def _check_method(method: str, memory_limit: int | None, normalization_batch: str | int, earlier: Any) -> None:
     if method not in ("precise", "exact"):
         raise ValueError(f'`method` must be "precise" or "exact": got {method!r}.')
     check_limit(memory_limit, method)

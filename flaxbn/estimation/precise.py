@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Arrays, Stream, abstract
-from flaxbn.data.placement import by_step, padding, shards
+from flaxbn.data.placement import by_step, padding
 from flaxbn.data.progress import Counter
+from flaxbn.data.samples import hide
 from flaxbn.estimation.batch_pass import Pass, key_of_pass
 from flaxbn.estimation.compiled import shapes_of
 from flaxbn.estimation.joined import Packed, fetched
@@ -49,13 +50,13 @@ def _scan_arrays(asked: Request, data: Arrays, counter: Counter) -> Iterator[Pas
     passes = Compiled(Pass, options)
     first = 0
     for places in data.groups:
-        present = padding(places.shape[1], shards(options.sharding))
+        present = padding(places.shape[1], options.layout.multiple)
         if present is not None:
             places = np.pad(places, ((0, 0), (0, len(present) - places.shape[1])), mode="edge")
         compiled, (closed,) = passes.find(key_of_pass(asked, abstract(data.arrays, places.shape[1]), present))
         if options.sharding is None:
             parts = _REPORTS if counter.is_watched else 1
-            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, first, parts)
+            yield from _on_one_device(compiled, (closed, variables, rngs, arrays), places, present, first, parts)
         else:
             begin = first
             for chunk in np.array_split(places, -(-len(places) // compiled.chunk)):
@@ -67,7 +68,7 @@ def _scan_arrays(asked: Request, data: Arrays, counter: Counter) -> Iterator[Pas
 
 
 def _on_one_device(
-    compiled: Pass, args: tuple[Any, ...], places: np.ndarray, first: int, least: int
+    compiled: Pass, args: tuple[Any, ...], places: np.ndarray, present: np.ndarray | None, first: int, least: int
 ) -> Iterator[Passed]:
     """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
 
@@ -86,9 +87,9 @@ def _on_one_device(
 
     if cores == least == 1:
         for begin, rows in parts:
-            yield passed([(begin, rows)], [compiled.scan(*args, rows, None, None, begin)])
+            yield passed([(begin, rows)], [compiled.scan(*args, rows, None, present, begin)])
         return
-    run = _with_room_for_all(compiled, args, parts)
+    run = _with_room_for_all(compiled, args, present, parts)
     with Cores(cores, tracing_options) as threads:
         for i in range(0, len(parts), cores):
             some = parts[i : i + cores]
@@ -96,7 +97,7 @@ def _on_one_device(
 
 
 def _with_room_for_all(
-    compiled: Pass, args: tuple[Any, ...], parts: Sequence[tuple[int, np.ndarray]]
+    compiled: Pass, args: tuple[Any, ...], present: np.ndarray | None, parts: Sequence[tuple[int, np.ndarray]]
 ) -> Callable[[tuple[int, np.ndarray]], Packed]:
     """The pass over any of these parts; the merged result depends on how many there are by rounding only.
 
@@ -108,7 +109,7 @@ def _with_room_for_all(
 
     def run(part: tuple[int, np.ndarray]) -> Packed:
         begin, rows = part
-        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), None, begin)
+        return compiled.scan(*args, np.pad(rows, ((0, len(longest) - len(rows)), (0, 0))), len(rows), present, begin)
 
     if key not in compiled.has_run:
         run((begin, longest[:0]))
@@ -130,7 +131,7 @@ def batch_moments(
     """
     options: dict[str, Any] = {"sample_weight": None, "sharding": None, "rngs": None}
     model, variables = open_model(model, variables)
-    batches = iter(batches)
+    batches = map(hide, batches)
     begin = [*islice(batches, 1)]
     first = abstract(begin[0]) if begin and has_other_names(variables) else None
     asked = request(model, variables, call=call, only=only, first=first, **options)

@@ -9,11 +9,10 @@ from jaxtyping import Array
 
 from flaxbn.data.placement import on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import PassOptions
-from flaxbn.estimation.keys import fold_in
-from flaxbn.layers.names import layer_name
-from flaxbn.models.arguments import Model, check_concrete, model_name, open_model, random_keys
+from flaxbn.models.arguments import Model, check_concrete, model_class, open_model, random_keys
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
 from flaxbn.models.entries import candidates_in, pairs_read
+from flaxbn.models.keys import fold_in
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Pair
 from flaxbn.models.unseen import what_is_held
@@ -46,7 +45,7 @@ def request(
     only: Callable[[str], bool] | None,
     sharding: NamedSharding | None,
     rngs: Mapping[str, Array] | None,
-    normalization_batch: str = "global",
+    normalization_batch: str | int = "global",
     first: Any = None,
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie.
@@ -57,8 +56,10 @@ def request(
     _check_variables(variables, rngs)
     read = () if first is None else _read_under_other_names(model, variables, first, call, rngs)
     layers = stored_layers(variables["batch_stats"], read)
-    wanted = _wanted_layers(layers, only, model, variables)
-    by_device = _check_normalization_batch(normalization_batch, sharding)
+    if not layers.entries:
+        _raise_without_layers(variables, model)
+    wanted = select(layers, only)
+    _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
     options = PassOptions(
         model=model,
@@ -67,7 +68,8 @@ def request(
         wanted=frozenset(wanted.entries),
         read=read,
         sharding=sharding,
-        by_device=by_device,
+        by_device=normalization_batch == "device",
+        group=None if isinstance(normalization_batch, str) else int(normalization_batch),
         tracing=tracing_options(),
     )
     arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
@@ -85,9 +87,13 @@ def _check_variables(variables: Mapping[str, Any], rngs: Mapping[str, Array] | N
     check_concrete("rngs", rngs)
 
 
-def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding | None) -> bool:
-    if normalization_batch not in ("global", "device"):
-        raise ValueError(f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}.')
+def _check_normalization_batch(normalization_batch: Any, sharding: NamedSharding | None) -> None:
+    is_size = hasattr(normalization_batch, "__index__") and not isinstance(normalization_batch, bool)
+    if normalization_batch not in ("global", "device") and not (is_size and normalization_batch >= 1):
+        raise ValueError(
+            f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}. A positive integer '
+            "stands for so many consecutive samples, each group of which normalizes by itself."
+        )
     if normalization_batch == "device" and sharding is None:
         raise ValueError(
             'With `normalization_batch="device"` each device normalizes by its own part of a batch: say by `sharding` '
@@ -98,7 +104,6 @@ def _check_normalization_batch(normalization_batch: str, sharding: NamedSharding
             "`sharding` must lie on devices of this process, each of which reads its own part of the data and merges "
             "at the end: use `flaxbn.data_sharding()`."
         )
-    return normalization_batch == "device"
 
 
 def tracing_options() -> tuple[Any, ...]:
@@ -135,24 +140,15 @@ def check_stored(variables: Any, model: Model) -> None:
 
 def _raise_without_layers(variables: Any, model: Model) -> NoReturn:
     raise ValueError(
-        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_name(model)} has none. "
-        f"{what_is_held(variables)}"
+        f"`batch_stats` must hold the 'mean' and 'var' of a batch-norm layer: that of {model_class(model).__name__} "
+        f"has none. {what_is_held(variables)}"
     )
-
-
-def _wanted_layers(
-    layers: StoredLayers, only: Callable[[str], bool] | None, model: Model, variables: Any
-) -> StoredLayers:
-    if not layers.entries:
-        _raise_without_layers(variables, model)
-    wanted = select(layers, only)
-    if not wanted.entries:
-        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
-        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
-    return wanted
 
 
 def _check_batch_stats(variables: Any) -> None:
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         received = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f"`variables` must hold the collection 'batch_stats': got {received}.")
+        raise ValueError(
+            f"`variables` must hold the collection 'batch_stats': got {received}. Pass what `model.init` returned, or "
+            '`{"params": params, "batch_stats": batch_stats}`; a model without batch normalization has none.'
+        )

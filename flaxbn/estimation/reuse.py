@@ -4,8 +4,6 @@ A model, `call` and `sample_weight` that can be frozen are known by their snapsh
 its pass is found by the traced program, in which numbers count by value; arrays are arguments.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -13,6 +11,8 @@ import jax
 
 from flaxbn.estimation.calls import Closed, Form, LayerCalls, as_traced, find_calls
 from flaxbn.estimation.compiled import Layout, PassOptions, Shapes
+from flaxbn.estimation.recent import Recent
+from flaxbn.estimation.recompiled import note_compiled
 from flaxbn.models.places import Path
 from flaxbn.models.snapshot import NotFrozenError, snapshot
 from flaxbn.models.unseen import note
@@ -23,32 +23,6 @@ _SNAPSHOTS = 64  # more than one may lead to a program
 _CLOSED_BYTES = 2**20  # of the arrays that are held with a snapshot; what closes over more is traced again
 
 P = TypeVar("P")
-T = TypeVar("T")
-
-
-class Recent(Generic[T]):
-    """The values used last, by key; for several threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
-
-    def get(self, key: Hashable) -> T | None:
-        """The value of this key, which counts as used."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-    def put(self, key: Hashable, value: T) -> T:
-        """The value of this key: the new one, unless another thread was faster."""
-        with self._lock:
-            value = self._values.setdefault(key, value)
-            self._values.move_to_end(key)
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-            return value
 
 
 class _Known(NamedTuple):
@@ -102,6 +76,7 @@ class Compiled(Generic[P]):
         program = Hashed((context, arrays, tuple([one.key() for one in calls])))
         found = _by_program.get(program)
         if found is None:
+            note_compiled(self._make, options, arrays)
             found = _by_program.put(program, self._make(calls, options.layout))
         if frozen is not None and sum(a.nbytes for a in jax.tree.leaves(closed)) <= _CLOSED_BYTES:
             _by_snapshot.put(frozen, _Known(program, closed, unseen))

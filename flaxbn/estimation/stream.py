@@ -78,7 +78,7 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
 
 def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:
     """Each batch where it is computed, and which of its samples are no padding."""
-    return (placed(batch, asked.options.sharding) for batch in data)
+    return (placed(batch, asked.options.sharding, asked.options.layout.multiple) for batch in data)
 
 
 def in_group(batches: int | None, lanes: int) -> int | None:

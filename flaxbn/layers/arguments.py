@@ -23,7 +23,7 @@ class Options(NamedTuple):
 
     label: str
     axis: Any
-    momentum: float
+    momentum: float | Schedule
     epsilon: float
     dtype: Any
     axis_name: Any
@@ -32,6 +32,7 @@ class Options(NamedTuple):
     force_float32_reductions: bool
     num_domains: int | None
     domain_affine: bool
+    virtual_batch_size: int | None
     activation: Callable[[Array], Array] | None
     r_max: float | Schedule | None = None
     d_max: float | Schedule | None = None
@@ -39,7 +40,11 @@ class Options(NamedTuple):
     @property
     def counts_updates(self) -> bool:
         """Whether the layer stores the number of its updates, of which schedules are functions."""
-        return self.r_max is not None
+        return self.r_max is not None or callable(self.momentum)
+
+    def group_size(self, mode: "Mode") -> int | None:
+        """How many examples normalize together in a call, where it is not all of them."""
+        return self.virtual_batch_size if mode.normalizes_by_batch else None
 
     @property
     def accepts_single_value(self) -> bool:
@@ -63,6 +68,11 @@ class Mode(NamedTuple):
     use_running_average: bool
     update: bool
     initializing: bool
+
+    @property
+    def normalizes_by_batch(self) -> bool:
+        """Whether this is training: the output depends on the statistics of the batch, and is differentiated."""
+        return not (self.use_running_average or self.initializing)
 
     @property
     def measures(self) -> bool:
@@ -94,6 +104,11 @@ def check_averaging(use_running_average: Any, momentum: Any, epsilon: Any) -> No
             f"`momentum` must lie in [0, 1]: got {momentum}. It is the weight of the old value: 0.9 where PyTorch has "
             "0.1."
         )
+    if momentum is None or isinstance(momentum, str | type):
+        raise TypeError(
+            f"`momentum` must be a number in [0, 1], or a function of the number of updates: got {momentum!r}. What is "
+            "None in PyTorch is `flaxbn.cumulative`; `flaxbn.Debiased` is given a number first."
+        )
     if isinstance(epsilon, _NUMBERS) and not epsilon >= 0:
         raise ValueError(f"`epsilon` must not be negative: got {epsilon}.")
 
@@ -114,11 +129,33 @@ def check_domains(num_domains: Any, domain_affine: bool) -> None:
         raise ValueError("`domain_affine` needs `num_domains`: got none.")
 
 
+def check_virtual_batch_size(virtual_batch_size: Any) -> None:
+    """The size of ghost batches."""
+    if virtual_batch_size is None:
+        return
+    if isinstance(virtual_batch_size, bool) or not hasattr(virtual_batch_size, "__index__") or virtual_batch_size < 1:
+        raise ValueError(
+            "`virtual_batch_size` must be a positive integer, the number of examples that normalize together, or None "
+            f"for the whole batch: got {virtual_batch_size!r}."
+        )
+
+
 def check_bounds(r_max: Any, d_max: Any) -> None:
     """The bounds of renormalization, where they are numbers: what a schedule returns is not known before training."""
     for name, bound, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         if isinstance(bound, _NUMBERS) and not bound >= least:
             raise ValueError(f"`{name}` must be at least {least}, or a schedule: got {bound}.")
+
+
+def checked_features(num_features: Any) -> int | tuple[int, ...]:
+    """The numbers of features, which must be positive integers."""
+    numbers = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
+    if not numbers or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in numbers):
+        raise ValueError(
+            f"`num_features` must be a positive integer, or one for each feature axis: got {num_features!r}."
+        )
+    numbers = tuple(int(n) for n in numbers)
+    return numbers if isinstance(num_features, Sequence) else numbers[0]
 
 
 def feature_axes(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:
@@ -207,7 +244,12 @@ def domain_of(
 
 def _check_in_range(domain: np.ndarray, num_domains: int) -> None:
     if not np.issubdtype(domain.dtype, np.integer):
-        raise TypeError(f"`domain` must be of integers: got {domain.dtype}.")
+        raise TypeError(
+            f"`domain` must be of integers: got {domain.dtype}. Number names by one list for training and evaluation, "
+            "`number = {name: i for i, name in enumerate(names)}`, and pass `numpy.array([number[n] for n in domain])`."
+            if domain.dtype.kind in "OSU"
+            else f"`domain` must be of integers: got {domain.dtype}."
+        )
     if not np.all((domain >= 0) & (domain < num_domains)):
         raise ValueError(
             f"`domain` must lie in [0, {num_domains}): got numbers from {np.min(domain)} to {np.max(domain)}."

@@ -33,6 +33,7 @@ def arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> A
     """
     features = feature_axes(x.ndim, options.axis)
     axes = tuple(axis for axis in range(x.ndim) if axis not in features)
+    _check_groups(options, mode, x.shape, features)
     weights = None if mask is None else position_weights(mask, x.shape, features)
     numbers = domain_of(domain, options.num_domains, x.shape, features)
     row = None
@@ -43,6 +44,23 @@ def arrange(options: Options, mode: Mode, x: Array, mask: Any, domain: Any) -> A
             row, numbers = numbers, None
     sharing = Sharing(axes) if numbers is None else Sharing(axes, numbers, options.num_domains)
     return Arranged(x, weights, sharing, row)
+
+
+def _check_groups(options: Options, mode: Mode, shape: tuple[int, ...], features: tuple[int, ...]) -> None:
+    """Groups are of examples, which lie along the leading axis, and all of one size."""
+    size = options.group_size(mode)
+    if size is None:
+        return
+    if not shape or 0 in features:
+        raise ValueError(
+            "With `virtual_batch_size` the leading axis of x must be that of examples: got feature axes "
+            f"{features} for x of shape {shape}."
+        )
+    if shape[0] % size:
+        raise ValueError(
+            f"`virtual_batch_size` must divide the number of examples: got {size} for x of shape {shape}. Use batches "
+            f"of a multiple of {size} examples: drop a smaller last one, or fill it up with examples that `mask` hides."
+        )
 
 
 def _members_may_differ(options: Options, mode: Mode, features: tuple[int, ...]) -> bool:
@@ -64,10 +82,15 @@ def check_values(options: Options, mode: Mode, arranged: Arranged) -> None:
     """
     if mode.initializing or options.accepts_single_value:
         return
-    shape, axes = arranged.x.shape, arranged.sharing.axes
-    if values_per_channel(shape, axes, options.axis_name, options.axis_index_groups) == 1:
+    shape, axes, size = arranged.x.shape, arranged.sharing.axes, options.group_size(mode)
+    if size is not None:
+        values = values_per_channel((size, *shape[1:]), axes)
+    else:
+        values = values_per_channel(shape, axes, options.axis_name, options.axis_index_groups)
+    if values == 1:
+        groups = "" if size is None else f" and `virtual_batch_size={size}`"
         raise ValueError(
             f"{options.label} normalizes by batch statistics, which needs more than one value per channel: got an "
-            f"input of shape {shape} with feature axis {options.axis}, so its output would be constant. Use a larger "
-            "batch (drop a last batch of one), or `use_running_average=True` for evaluation."
+            f"input of shape {shape} with feature axis {options.axis}{groups}, so its output would be constant. Use a "
+            "larger batch (drop a last batch of one), or `use_running_average=True` for evaluation."
         )

@@ -6,7 +6,8 @@ and no shell does arithmetic. `run_layer` reads in the order of the computation:
 1. where statistics are shared, and which positions count (`arranged.arrange`),
 2. what is stored for the batch (`_read`),
 3. the output (`_output`): the statistics of the batch (`_measure`), those to normalize by, of the batch or the running
-   average (`_select`), with renormalization's r and d folded into the affine parameters (`_renormalize`), and
+   average (`_select`), with renormalization's r and d folded into the affine parameters (`_renormalize`); where the
+   examples normalize in groups, of each of them (`ghost.in_groups`); and
 4. the new running average (`running_average.update_stored`).
 
 In training, step 3 is computed again for the backward pass, from the input and one value or two for each channel.
@@ -21,15 +22,18 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, ArrayLike
 
+from flaxbn.arithmetic.averages import at_steps
 from flaxbn.arithmetic.measure import SUMS, measure_deviations
-from flaxbn.arithmetic.moments import Moments, shifted, widen
+from flaxbn.arithmetic.moments import shifted, widen
 from flaxbn.arithmetic.normalize import normalize
 from flaxbn.arithmetic.renorm import Statistics, corrected_affine, correction
 from flaxbn.layers.arguments import Mode, Options
 from flaxbn.layers.arranged import Arranged, arrange, check_values
+from flaxbn.layers.batch import Batch
+from flaxbn.layers.ghost import in_groups, merged, spread_in_group
 from flaxbn.layers.running_average import Stored, read_steps, row_of, update_stored
 
-_Compute = Callable[..., tuple[Array, "_Batch | None"]]
+_Compute = Callable[..., tuple[Array, "Batch | None"]]
 _KEEP_SUMS = jax.checkpoint_policies.save_only_these_names(SUMS)
 
 
@@ -58,21 +62,6 @@ class _Running(NamedTuple):
     var: Array
     exists: Array | None
     bounds: _Bounds | None
-
-
-class _Batch(NamedTuple):
-    """The statistics of a batch, whose mean is `pivot + deviations.mean` before that sum is rounded.
-
-    Attributes:
-        pivot: a constant to differentiation.
-        deviations: the Moments of `x - pivot`.
-        usable: for each channel, whether its statistics are those of more than one value, and did not overflow. Where
-            the batch holds NaN they are NaN, and used, so that it shows.
-    """
-
-    pivot: Array
-    deviations: Moments
-    usable: Array
 
 
 class _Selected(NamedTuple):
@@ -120,10 +109,11 @@ def run_layer(
     if mode.measures:
         check_values(options, mode, arranged)
     compute: _Compute = functools.partial(_output, options, mode, dtype)
-    if not (mode.use_running_average or mode.initializing):
+    if mode.normalizes_by_batch:
         compute = jax.checkpoint(compute, prevent_cse=False, policy=_KEEP_SUMS)
     y, batch = compute(arranged, running, scale, bias)
     if mode.update and batch is not None:
+        batch = batch if options.group_size(mode) is None else merged(options, arranged, batch)
         found = shifted(batch.deviations, batch.pivot)
         stored = update_stored(options, stored, running, found, batch.usable, arranged.row)
     return y, stored
@@ -135,19 +125,8 @@ def _read(options: Options, mode: Mode, stored: Stored, row: Array | None) -> _R
     exists, bounds = None if row is None else row < len(stored.mean), None
     if options.r_max is not None and not mode.use_running_average:
         steps = row_of(read_steps(stored, options.num_domains), row)
-        bounds = _Bounds(*(_at_steps(bound, steps, var.ndim) for bound in (options.r_max, options.d_max)))
+        bounds = _Bounds(*(at_steps(bound, steps, var.ndim) for bound in (options.r_max, options.d_max)))
     return _Running(mean, var, exists, bounds)
-
-
-def _at_steps(bound: Any, steps: Array, ndim: int) -> Array:
-    """A bound after so many updates, shaped to broadcast against statistics of rank `ndim`.
-
-    Domains have counts of their own, and a schedule takes one step at a time: it is asked for each of them.
-    """
-    if callable(bound):
-        bound = jax.vmap(bound)(steps) if steps.ndim else bound(steps)
-    bound = jnp.asarray(bound)
-    return bound.reshape(bound.shape + (1,) * (ndim - bound.ndim)) if bound.ndim else bound
 
 
 def _output(
@@ -158,56 +137,81 @@ def _output(
     running: _Running,
     scale: Array | None,
     bias: Array | None,
-) -> tuple[Array, _Batch | None]:
+) -> tuple[Array, Batch | None]:
     """The output, in `dtype`, and the statistics of the batch where they are measured, constants to differentiation.
+
+    Where the examples normalize in groups they are those of each group.
 
     What is excluded by a mask and not finite, which would spoil gradients even there, is 0 from here on. `x` is cast
     once for all that is made of it, since of two casts autodiff would round both cotangents to half precision.
     """
     x = arranged.x
+    how = _how_to_measure(options, mode, x)
     if arranged.weights is not None:
         x = jnp.where((arranged.weights > 0) | jnp.isfinite(x), x, 0)
-    x = x.astype(widen(x.dtype))
+    arranged = arranged._replace(x=x.astype(widen(x.dtype)))
+    compute = functools.partial(_normalized, options, mode, how, running=running, scale=scale, bias=bias)
+    size = options.group_size(mode)
+    y, batch = compute(arranged) if size is None else in_groups(compute, size, arranged)
+    y = y.astype(dtype)
+    y = y if options.activation is None else options.activation(y)
+    return y, jax.lax.stop_gradient(batch)
+
+
+def _normalized(
+    options: Options,
+    mode: Mode,
+    how: dict[str, Any],
+    arranged: Arranged,
+    *,
+    running: _Running,
+    scale: Array | None,
+    bias: Array | None,
+) -> tuple[Array, Batch | None]:
+    """The output, not cast yet, and the statistics of the batch, or of the group, where they are measured."""
     selected, batch = _Selected(running.mean, None, running.var), None
     if mode.measures:
-        batch = _measure(options, mode, arranged, x)
+        batch = _measure(options, how, arranged)
     if batch is not None and not mode.use_running_average:
         selected = _select(batch, running, arranged.weights is not None)
         if running.bounds is not None:
             scale, bias = _renormalize(options, selected, running, running.bounds, scale, bias)
     y = normalize(
-        x,
+        arranged.x,
         selected.pivot,
         selected.var,
         scale=_leading(scale, selected.pivot),
         bias=_leading(bias, selected.pivot),
         epsilon=options.epsilon,
         residual=selected.residual,
-        spread=arranged.sharing.spread,
+        spread=arranged.sharing.spread if how["lanes"] == 1 else spread_in_group(arranged.sharing),
     )
-    y = y.astype(dtype)
-    y = y if options.activation is None else options.activation(y)
-    return y, jax.lax.stop_gradient(batch)
+    return y, batch
 
 
-def _measure(options: Options, mode: Mode, arranged: Arranged, x: Array) -> _Batch:
-    """The statistics of the batch `x`, those of other members of `axis_name` included."""
-    measured = measure_deviations(
-        x,
-        arranged.sharing,
-        weights=arranged.weights,
-        fast=options.use_fast_variance,
-        dtype=None if options.force_float32_reductions else (options.dtype or arranged.x.dtype),
-        axis_name=None if mode.initializing else options.axis_name,
-        axis_index_groups=options.axis_index_groups,
-    )
+def _how_to_measure(options: Options, mode: Mode, x: Array) -> dict[str, Any]:
+    """The options of `measure_deviations` for the input as it is given: over all members, or for a group by itself."""
+    size = options.group_size(mode)
+    alone = mode.initializing or size is not None
+    return {
+        "fast": options.use_fast_variance,
+        "dtype": None if options.force_float32_reductions else (options.dtype or x.dtype),
+        "axis_name": None if alone else options.axis_name,
+        "axis_index_groups": options.axis_index_groups,
+        "lanes": 1 if size is None else len(x) // size,
+    }
+
+
+def _measure(options: Options, how: dict[str, Any], arranged: Arranged) -> Batch:
+    """The statistics of the batch, or of a group."""
+    measured = measure_deviations(arranged.x, arranged.sharing, weights=arranged.weights, **how)
     pivot, deviations, *_ = measured
     hides_some = arranged.weights is not None or arranged.sharing.domain is not None
     enough = measured.several if hides_some and not options.accepts_single_value else deviations.count > 0
-    return _Batch(pivot, deviations, enough & ~measured.overflow)
+    return Batch(pivot, deviations, enough & ~measured.overflow)
 
 
-def _select(batch: _Batch, running: _Running, weighted: bool) -> _Selected:
+def _select(batch: Batch, running: _Running, weighted: bool) -> _Selected:
     """What training normalizes by: the statistics of the batch, and the running average where they cannot be used.
 
     Both means are taken about the batch's pivot, so that deviations from it are computed once. What a mask hides all of

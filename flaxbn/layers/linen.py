@@ -17,6 +17,7 @@ from flaxbn.layers.arguments import (
     check_averaging,
     check_bounds,
     check_domains,
+    check_virtual_batch_size,
     feature_axes,
     options_of,
 )
@@ -49,7 +50,9 @@ class BatchNorm(nn.Module):
     Attributes:
         use_running_average: True in evaluation, False in training; give it here or at the call.
         axis: the feature axis, or several.
-        momentum: the weight of the old value in the running average.
+        momentum: the weight of the old value in the running average; or a function of the number of updates so far
+            that returns it, such as `flaxbn.cumulative` and `flaxbn.Debiased(0.99)`. The layer then counts its updates,
+            in `steps`, float32, in `batch_stats`; with domains, those of each.
         epsilon: what is added to the variance.
         dtype: of the output; by default that to which the input and the parameters promote.
         param_dtype: of `scale` and `bias`.
@@ -65,6 +68,9 @@ class BatchNorm(nn.Module):
         num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
             call takes `domain`. For training and inference on several datasets with shared weights.
         domain_affine: keep a `scale` and a `bias` for each domain, too.
+        virtual_batch_size: in training, normalize so many consecutive examples by themselves (ghost batches; Hoffer et
+            al. 2017), the groups along the leading axis, whose length it divides. The running average takes the moments
+            of all groups, merged, once. With `axis_name`, only the running average is merged over members.
         activation: a function of the output, such as `nn.relu`, that the layer applies itself. The backward pass then
             computes its input again, where otherwise that or a mask of it is kept for each activation.
 
@@ -80,7 +86,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float = 0.99
+    momentum: float | Schedule = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -94,12 +100,14 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     num_domains: int | None = None
     domain_affine: bool = False
+    virtual_batch_size: int | None = None
     activation: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
         check_averaging(self.use_running_average, self.momentum, self.epsilon)
         check_activation(self.activation)
         check_domains(self.num_domains, self.domain_affine)
+        check_virtual_batch_size(self.virtual_batch_size)
         super().__post_init__()
 
     @nn.compact
@@ -135,8 +143,9 @@ class BatchNorm(nn.Module):
 
         Raises:
             ValueError: if an update is asked for and `batch_stats` is not mutable; if the batch has one value per
-                channel, which would make the output constant; if the shape of `mask` is another one; if `domain` is
-                missing or does not belong, is out of range, or has another shape.
+                channel, which would make the output constant; if `virtual_batch_size` does not divide it; if the shape
+                of `mask` is another one; if `domain` is missing or does not belong, is out of range, or has another
+                shape.
             TypeError: if `domain` is not of integers.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)

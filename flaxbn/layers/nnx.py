@@ -19,6 +19,8 @@ from flaxbn.layers.arguments import (
     check_averaging,
     check_bounds,
     check_domains,
+    check_virtual_batch_size,
+    checked_features,
     feature_axes,
     options_of,
 )
@@ -54,7 +56,9 @@ class BatchNorm(nnx.Module):
         use_running_average: True in evaluation, False in training, as `model.eval()`, `model.train()` and `nnx.view`
             set it; None where it is given at each call.
         axis: the feature axis, or several.
-        momentum: the weight of the old value in the running average.
+        momentum: the weight of the old value in the running average; or a function of the number of updates so far
+            that returns it, such as `flaxbn.cumulative` and `flaxbn.Debiased(0.99)`. The layer then counts its updates,
+            in `steps`, a float32 `nnx.BatchStat`; with domains, those of each.
         epsilon: what is added to the variance.
         dtype: of the output; by default that to which the input and the parameters promote.
         param_dtype: of `scale` and `bias`.
@@ -76,6 +80,9 @@ class BatchNorm(nnx.Module):
         num_domains: keep statistics of their own for so many domains: `mean` and `var` get a leading axis, and the
             call takes `domain`. For training and inference on several datasets with shared weights.
         domain_affine: keep a `scale` and a `bias` for each domain, too.
+        virtual_batch_size: in training, normalize so many consecutive examples by themselves (ghost batches; Hoffer et
+            al. 2017), the groups along the leading axis, whose length it divides. The running average takes the moments
+            of all groups, merged, once. With `axis_name`, only the running average is merged over members.
         activation: a function of the output, such as `nnx.relu`, that the layer applies itself. The backward pass then
             computes its input again, where otherwise that or a mask of it is kept for each activation.
         frozen: normalize by the running average and update nothing, whatever `train()`, `nnx.view` or a call asks for;
@@ -100,7 +107,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: float = 0.99,
+        momentum: float | Schedule = 0.99,
         epsilon: float = 1e-5,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -118,13 +125,15 @@ class BatchNorm(nnx.Module):
         force_float32_reductions: bool = True,
         num_domains: int | None = None,
         domain_affine: bool = False,
+        virtual_batch_size: int | None = None,
         activation: Callable[[Array], Array] | None = None,
         frozen: bool = False,
     ) -> None:
         check_averaging(use_running_average, momentum, epsilon)
         check_activation(activation)
         check_domains(num_domains, domain_affine)
-        self.num_features = _checked_features(num_features)
+        check_virtual_batch_size(virtual_batch_size)
+        self.num_features = checked_features(num_features)
         self.use_running_average, self.frozen = use_running_average, frozen
         self.axis = axis if isinstance(axis, int) else tuple(axis)
         self.momentum, self.epsilon, self.dtype, self.param_dtype = momentum, epsilon, dtype, param_dtype
@@ -132,7 +141,7 @@ class BatchNorm(nnx.Module):
         self.axis_name, self.axis_index_groups = axis_name, _hashable(axis_index_groups)
         self.use_fast_variance, self.promote_dtype = use_fast_variance, promote_dtype
         self.force_float32_reductions, self.activation = force_float32_reductions, activation
-        self.num_domains, self.domain_affine = num_domains, domain_affine
+        self.num_domains, self.domain_affine, self.virtual_batch_size = num_domains, domain_affine, virtual_batch_size
         channels = self._channels()
         shape = channels if num_domains is None else (num_domains, *channels)
         stored = stored_dtype(param_dtype)
@@ -180,8 +189,9 @@ class BatchNorm(nnx.Module):
 
         Raises:
             ValueError: if `x` has another number of features; if the mode is given neither here nor to the layer; if
-                the batch has one value per channel, which would make the output constant; if the shape of `mask` is
-                another one; if `domain` is missing or does not belong, is out of range, or has another shape.
+                the batch has one value per channel, which would make the output constant; if `virtual_batch_size`
+                does not divide it; if the shape of `mask` is another one; if `domain` is missing or does not belong, is
+                out of range, or has another shape.
             TypeError: if `domain` is not of integers.
         """
         mode = self._mode(use_running_average, update_running_average)
@@ -279,17 +289,6 @@ class BatchRenorm(BatchNorm):
         check_bounds(r_max, d_max)
         self.r_max, self.d_max = r_max, d_max
         super().__init__(num_features, **options)
-
-
-def _checked_features(num_features: Any) -> int | tuple[int, ...]:
-    """The numbers of features, which must be positive integers."""
-    numbers = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
-    if not numbers or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in numbers):
-        raise ValueError(
-            f"`num_features` must be a positive integer, or one for each feature axis: got {num_features!r}."
-        )
-    numbers = tuple(int(n) for n in numbers)
-    return numbers if isinstance(num_features, Sequence) else numbers[0]
 
 
 def _hashable(groups: Any) -> Any:

@@ -4,15 +4,18 @@ The running average of the statistics, and, where something is scheduled, the nu
 keeps a row of each for every domain; a batch of one domain reads and writes that row alone.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flaxbn.arithmetic.averages import at_steps, averaged, weight_of_new
 from flaxbn.arithmetic.moments import Moments, widen
 from flaxbn.arithmetic.normalize import ema
-from flaxbn.arithmetic.renorm import Statistics
+from flaxbn.arithmetic.renorm import Schedule, Statistics
 from flaxbn.layers.arguments import Options
 
 
@@ -55,10 +58,12 @@ def row_of(a: Any, row: Array | None) -> Any:
 def read_steps(stored: Stored, num_domains: int | None) -> Array:
     """The stored number of updates, 0 where a checkpoint lacks it.
 
-    The integers of an older checkpoint stay integers. What was cast to half precision is widened, since there it would
-    stand still at 256 or 2 048; what tools have averaged may be a fraction, and is taken as it is.
+    One number for a layer whose domains have one each stands for all of them. The integers of an older checkpoint stay
+    integers. What was cast to half precision is widened, since there it would stand still at 256 or 2 048; what tools
+    have averaged may be a fraction, and is taken as it is.
     """
     steps = initial_steps(num_domains) if stored.steps is None else jnp.asarray(stored.steps)
+    steps = steps if num_domains is None or steps.ndim else jnp.full(num_domains, steps)
     return steps if jnp.issubdtype(steps.dtype, jnp.integer) else steps.astype(widen(steps.dtype))
 
 
@@ -79,18 +84,27 @@ def update_stored(
         row: the domain of the batch, if there is one.
     """
     usable = usable & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
-    mean = _averaged(running.mean, batch.mean, options.momentum, usable)
-    var = _averaged(running.var, batch.var, options.momentum, usable)
-    steps = stored.steps
+    steps = own = stored.steps
     if options.counts_updates:
+        all_steps = read_steps(stored, options.num_domains)
+        own = jax.lax.stop_gradient(row_of(all_steps, row))
         channels = range((options.num_domains is not None) - stored.mean.ndim, 0)
-        steps = read_steps(stored, options.num_domains)
-        updated = jax.lax.stop_gradient(row_of(steps, row)) + jnp.any(usable, tuple(channels)).astype(steps.dtype)
-        steps = _with_row(steps, row, updated)
+        steps = _with_row(all_steps, row, own + jnp.any(usable, tuple(channels)).astype(own.dtype))
+    average = _average(options.momentum, own, running.mean.ndim)
+    mean = _averaged(running.mean, batch.mean, average, usable)
+    var = _averaged(running.var, batch.var, average, usable)
     return Stored(_with_row(stored.mean, row, mean), _with_row(stored.var, row, var), steps)
 
 
-def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
+def _average(momentum: float | Schedule, steps: Array | None, ndim: int) -> Callable[[Array, Array], Array]:
+    """The average of old and new statistics of rank `ndim`, after so many updates."""
+    if not callable(momentum):
+        return functools.partial(ema, momentum=momentum)
+    weight = at_steps(functools.partial(weight_of_new, momentum), jnp.asarray(steps), ndim)
+    return functools.partial(averaged, weight=weight)
+
+
+def _averaged(old: Array, new: Array, average: Callable[[Array, Array], Array], usable: Array) -> Array:
     """The running average, in the dtype that is stored, float32 at least; no gradient flows into what is stored.
 
     How wide it is was decided when the variables were made: a dtype that changed with the input would not go through
@@ -98,7 +112,7 @@ def _averaged(old: Array, new: Array, momentum: float, usable: Array) -> Array:
     """
     dtype = jnp.promote_types(widen(old.dtype), jnp.complex64) if jnp.iscomplexobj(new) else widen(old.dtype)
     old = old.astype(dtype)
-    return jax.lax.stop_gradient(jnp.where(usable, ema(old, new.astype(dtype), momentum), old))
+    return jax.lax.stop_gradient(jnp.where(usable, average(old, new.astype(dtype)), old))
 
 
 def _with_row(a: Array, row: Array | None, new: Array) -> Array:

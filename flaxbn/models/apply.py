@@ -1,14 +1,17 @@
 """Evaluation of a model with the statistics that the caller chooses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
+from jaxtyping import Array
 
-from flaxbn.models.arguments import Model, open_model, takes_model
-from flaxbn.models.batch_stats import with_wide_statistics
-from flaxbn.models.entries import check_own_layers, read_layers
-from flaxbn.models.linen import Call, call_or_default, check_layers, is_array, trace
+from flaxbn.data.samples import hide
+from flaxbn.models.arguments import Model, dropout_keys, open_model, takes_model
+from flaxbn.models.batch_stats import select, with_wide_statistics
+from flaxbn.models.entries import Reading, check_own_layers, read_layers
+from flaxbn.models.linen import Call, check_layers, trace
 from flaxbn.models.unseen import note, one_warning, unseen
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
@@ -22,6 +25,8 @@ def apply(
     *,
     statistics: Literal["running", "batch"] = "running",
     call: Call | None = None,
+    only: Callable[[str], bool] | None = None,
+    rngs: Mapping[str, Array] | None = None,
 ) -> Any:
     """Evaluates any Flax model with the batch-norm statistics of your choice.
 
@@ -29,6 +34,11 @@ def apply(
     variance of its own input, as in training, while all else is evaluation: dropout layers are off, nothing is mutable
     and nothing is updated. This validates a model whose running average lags, or was never updated. Works under
     `jax.jit`, `jax.grad` and `jax.vmap`.
+
+    With `rngs={"dropout": key}` the dropout layers that draw from this collection run as `call` runs them. So
+    `apply(model, variables, batch, statistics="running", call=train_call, rngs={"dropout": key})` trains with frozen
+    statistics and with dropout, even a model whose one `train` flag turns both on: exactly what its own code computes
+    with `use_running_average=True` in its batch-norm layers, gradients included.
 
     Examples:
         >>> import flax.linen as nn, flaxbn, jax, numpy as np
@@ -45,14 +55,24 @@ def apply(
         variables: its variables, `batch_stats` included; read only.
         batch: what `call` takes.
         statistics: "running" for the stored statistics, "batch" for those of the batch.
-        call: how the model is run for evaluation, `(module, batch) -> output`; by default `module(batch)`.
+        call: how the model is run, `(module, batch) -> output`; by default `module(batch)`. Batch-norm layers follow
+            `statistics`, whatever they are told here.
+        only: `path -> bool`, the layers that take the statistics of the batch, by their paths in `batch_stats` joined
+            by "/"; the others take the stored ones.
+        rngs: random keys by collection, as for `model.apply`. A dropout layer runs as `call` runs it if its collection
+            is among them, and is off otherwise; what else draws random numbers, attention with dropout of its own for
+            example, is for `call` to turn on or off. An nnx model draws from its own streams, into which these keys are
+            folded, so that each key gives other draws; it then runs in the mode in which it was split, so that
+            `model.train()` turns dropout on.
 
     Returns:
         What `call` returns.
 
     Raises:
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
-            would normalize by the statistics of a single value per channel.
+            would normalize by the statistics of a single value per channel; if `only` accepts no layer, or is given
+            without "batch"; if `rngs` name what no dropout layer of an nnx model draws from.
+        CallError: if the model does not run on the batch, with the `call` that might.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
 
     Warns:
@@ -62,28 +82,24 @@ def apply(
     """
     if statistics not in ("running", "batch"):
         raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
-    model, variables = open_model(model, variables)
-    variables = with_wide_statistics(variables)
-    leaves, structure = jax.tree.flatten(batch)
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-
-    def run(module: Any, arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        restored = [next(given) if is_array(leaf) else leaf for leaf in leaves]
-        return call_or_default(call)(module, jax.tree.unflatten(structure, restored))
-
-    traced = trace(model, variables, arrays, run, None)
-    switched = set()
+    if only is not None and statistics != "batch":
+        raise ValueError(f'`only` names the layers that take the statistics of the batch: got "{statistics}" for them.')
+    model, variables = open_model(model, variables, evaluates=not rngs)
+    variables, keys = with_wide_statistics(variables), dropout_keys(model, variables, rngs)
+    arguments = variables, hide(batch, numbers=True), keys
+    traced = trace(model, *arguments[:2], call, keys, dropout=frozenset(rngs or ()))
+    switched: set[int] = set()
     with one_warning():
         if statistics == "batch" or traced.written:
-            reading = read_layers(traced.program, variables, len(arrays))
-            found = unseen(traced.program, traced.written, variables, len(arrays), reading)
+            count = len(jax.tree.leaves(arguments[1:]))
+            reading = read_layers(traced.program, variables, count)
+            found = unseen(traced.program, traced.written, variables, count, reading)
             note(found.written)
         if statistics == "batch":
             check_layers(traced.program, model, variables)
             check_own_layers(model, traced.program, reading.entries)
             note(found.reached)
-            switched = {site for site, entries in enumerate(reading.entries) if entries is not None}
+            switched = _sites(reading, only)
 
     def on_tap(tap: Tap) -> Any:
         if tap.site not in switched:
@@ -91,4 +107,11 @@ def apply(
         check_values(tap, tap.x.shape)
         return *batch_statistics(tap, measure_tap(tap, None)), None
 
-    return traced.finish(traced.program.run(jax.tree.leaves((variables, arrays)), on_tap)[0])
+    return traced.finish(traced.program.run(jax.tree.leaves(arguments), on_tap)[0])
+
+
+def _sites(reading: Reading, only: Callable[[str], bool] | None) -> set[int]:
+    """The taps of the layers that `only` accepts."""
+    wanted = [np.ravel(entries) for entries in select(reading.layers, only).entries.values()]
+    accepted = np.concatenate([np.zeros(0, int), *wanted])
+    return {site for site, e in enumerate(reading.entries) if e is not None and np.isin(e, accepted).all()}

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 
 from flaxbn.data.batches import check_not_deleted
+from flaxbn.models.keys import fold_in
+from flaxbn.models.user_functions import CallError, explained_anew
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,8 +33,9 @@ def open_model(model: Model, variables: Any, *, evaluates: bool = True) -> tuple
         TypeError: if `model` is anything else: a bound `apply` method say, a compiled function, or an nnx module.
     """
     if isinstance(model, nn.Module) or is_opened_nnx(model):
+        _check_variables(variables)
         return model, variables
-    _check_no_nnx_module(model)
+    _check_is_model(model)
     if "flax.nnx" in sys.modules:
         from flax import nnx
 
@@ -41,27 +44,47 @@ def open_model(model: Model, variables: Any, *, evaluates: bool = True) -> tuple
         if isinstance(model, nnx.GraphDef):
             return open_nnx(model, variables, evaluates=evaluates)
     raise TypeError(
-        f"`model` must be a flax.linen.Module: got {type(model).__name__}. Pass the module itself, not its `apply` "
-        "method or a compiled function, inside which the batch-norm layers cannot be seen; of a flax.nnx model pass "
-        "`*nnx.split(model)`."
+        f"`model` must be a flax.linen.Module: got {type(model).__name__}. {_instead(model)}Pass the module itself, "
+        "not its `apply` method or a compiled function, inside which the batch-norm layers cannot be seen; of a "
+        "flax.nnx model pass `*nnx.split(model)`."
     )
 
 
-def takes_model(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of `model, variables, ...` that says so where an nnx module stands in the place of both.
+def _instead(model: Any) -> str:
+    """What to pass in the place of what has to do with a model, as a sentence; empty where that is unknown."""
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return f"It is a method of {type(owner).__name__}: drop `.{model.__name__}`. "
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return "It holds a module: pass `model.module, model.params` in the place of `model, variables`. "
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return f"It is the class: make a model of it, `{model.__name__}(...)`. "
+    return "The model comes first, then its variables. " if isinstance(model, Mapping) else ""
 
-    Python would only say which argument is missing.
+
+def takes_model(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of `model, variables, ...`, as the door of this package.
+
+    It says so where one object stands in the place of both: Python would only say which argument is missing. What is
+    explained about functions of the user is raised from here, without the frames in between.
     """
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        _check_no_nnx_module(args[0] if args else kwargs.get("model"))
-        return function(*args, **kwargs)
+        _check_is_model(args[0] if args else kwargs.get("model"))
+        try:
+            return function(*args, **kwargs)
+        except CallError as error:
+            explanation, cause = explained_anew(error), error.__cause__
+        raise explanation from cause
 
     return checked
 
 
-def _check_no_nnx_module(model: Any) -> None:
+def _check_is_model(model: Any) -> None:
+    """What holds model and variables together, in one object, is an error."""
+    if hasattr(model, "apply_fn") and hasattr(model, "params"):
+        raise TypeError(_of_train_state(model, "`model` must be a flax.linen.Module", "pass the module itself, then"))
     if "flax.nnx" in sys.modules:
         from flax import nnx
 
@@ -70,6 +93,37 @@ def _check_no_nnx_module(model: Any) -> None:
                 f"An nnx model is given by its parts: got the {type(model).__name__} itself. Pass `*nnx.split(model)` "
                 "in the place of `model, variables`, and take the results over by `nnx.update(model, stats)`."
             )
+        if isinstance(model, nnx.Optimizer):
+            raise TypeError(
+                f"`model` must be the model: got its {type(model).__name__}. Pass `*nnx.split(model)` in the place of "
+                "`model, variables`; an optimizer is no part of it."
+            )
+
+
+def _check_variables(variables: Any) -> None:
+    """Those of a Linen model are collections."""
+    if isinstance(variables, nn.Module):
+        raise TypeError(f"The model comes first, then its variables: got {type(variables).__name__} as `variables`.")
+    if hasattr(variables, "apply_fn") and hasattr(variables, "params"):
+        raise TypeError(_of_train_state(variables, "`variables` must be a dictionary of collections", "pass"))
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be a dictionary of collections: got {type(variables).__name__}. Pass what `model.init` "
+            'returned, or `{"params": params, "batch_stats": batch_stats}`.'
+        )
+
+
+def _of_train_state(state: Any, must: str, do: str) -> str:
+    """What is said about a train state, which of Flax's own has no field for statistics."""
+    variables = '`{"params": state.params, "batch_stats": state.batch_stats}`'
+    field = (
+        ""
+        if hasattr(state, "batch_stats")
+        else f" This {type(state).__name__} has no statistics: give a subclass of it the field `batch_stats: Any`, "
+        'create it with `batch_stats=variables["batch_stats"]`, and in each training step '
+        '`state.replace(batch_stats=updates["batch_stats"])`.'
+    )
+    return f"{must}: got {type(state).__name__}. Of a train state {do} {variables}.{field}"
 
 
 def is_opened_nnx(model: Any) -> bool:
@@ -78,9 +132,9 @@ def is_opened_nnx(model: Any) -> bool:
     return room is not None and isinstance(model, room.NnxModel)
 
 
-def model_name(model: Any) -> str:
-    """What the class of a model is called."""
-    return model.class_name if is_opened_nnx(model) else type(model).__name__
+def model_class(model: Any) -> type:
+    """The class of a model."""
+    return model.cls if is_opened_nnx(model) else type(model)
 
 
 def with_batch_stats(variables: Any, batch_stats: Any) -> Any:
@@ -107,6 +161,21 @@ def random_keys(model: Any, variables: Mapping[str, Any], rngs: Mapping[str, Any
             "`nnx.reseed(model, ...)` gives it others."
         )
     return {"rngs": variables["rngs"]}
+
+
+def dropout_keys(model: Any, variables: Mapping[str, Any], rngs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The random keys of a call in which dropout may be on: those given, or an nnx model's own with these folded in.
+
+    Raises:
+        ValueError: if none of the dropout layers of an nnx model draws from a collection among `rngs`.
+    """
+    if not is_opened_nnx(model):
+        return dict(rngs or {})
+    keys = variables["rngs"]
+    for name in sorted(rngs or ()):
+        model.check_dropout(variables, name)
+        keys = fold_in(keys, jax.random.bits(rngs[name]))  # type: ignore[index]
+    return {"rngs": keys}
 
 
 def check_concrete(name: str, tree: Any) -> None:

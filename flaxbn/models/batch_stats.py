@@ -192,7 +192,7 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
     with np.errstate(over="ignore"):  # `_check_finite` looks at it
         new = [_replaced(leaf, *fields[name]) for name, leaf in zip(own, old)]
     _check_finite(own, new)
-    for i, leaf in zip(places, _placed_as(new, old)):
+    for i, leaf in zip(places, placed_as(new, old)):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
 
@@ -214,7 +214,7 @@ def _check_finite(names: Sequence[Path], values: Sequence[np.ndarray]) -> None:
             )
 
 
-def _placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
+def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
     """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
     bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
     free = [i for i in range(len(old)) if i not in set(bound)]
@@ -256,8 +256,16 @@ def name_unseen(path: Path, moments: Moments) -> str:
 
 
 def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLayers:
-    """The layers that `only` accepts, by their path joined by "/"; all where it is None. Numbers stay as they are."""
-    return layers._replace(entries={p: e for p, e in layers.entries.items() if only is None or only(layer_path(p))})
+    """The layers that `only` accepts, by their path joined by "/"; all where it is None. Numbers stay as they are.
+
+    Raises:
+        ValueError: if there are layers, and it accepts none.
+    """
+    wanted = {path: entries for path, entries in layers.entries.items() if only is None or only(layer_path(path))}
+    if layers.entries and not wanted:
+        known = ", ".join(f"'{layer_name(path)}'" for path in layers.entries)
+        raise ValueError(f"`only` must accept at least one batch-norm layer: it accepts none of {known}.")
+    return layers._replace(entries=wanted)
 
 
 def named_leaves(tree: Any) -> dict[Path, Any]:

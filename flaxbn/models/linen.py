@@ -6,7 +6,7 @@ and `var'` are while the traced program is interpreted: the stored ones, or thos
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from flaxbn.data.samples import is_array as is_array
 from flaxbn.data.samples import show
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
-from flaxbn.models.arguments import Model, model_name
+from flaxbn.models.arguments import Model, is_opened_nnx, model_class
 from flaxbn.models.batch_stats import named_leaves
+from flaxbn.models.first_call import explained_call
 from flaxbn.models.mark import running_module
 from flaxbn.models.nnx_calls import intercept_nnx
 from flaxbn.models.nnx_layers import evaluate_nnx_layer
@@ -41,11 +42,6 @@ LAYER_CALLS = {inspect.unwrap(call): call for call in (nn.BatchNorm.__call__, Ba
 DROPOUT_CALL = inspect.unwrap(nn.Dropout.__call__)
 SPECTRAL_CALL = inspect.unwrap(nn.SpectralNorm.__call__)
 """Of a class of Flax that keeps something in `batch_stats`, and is no batch norm."""
-
-
-def call_or_default(call: Call | None) -> Call:
-    """How the user runs the model, by default `module(batch)`."""
-    return call or _call_directly
 
 
 def _call_directly(module: Any, batch: Any) -> Any:
@@ -77,7 +73,10 @@ def evaluate(
 def _applied(model: Model, variables: Any, batch: Any, call: Call | None, rngs: Any) -> tuple[Any, Any]:
     """What `call` returns, and the variables afterwards."""
     batch = show(batch)
-    output, after = model.apply(variables, batch, rngs=rngs, method=call_or_default(call), mutable=DenyList("params"))
+    with explained_call(model_class(model), call, batch, variables, is_nnx=is_opened_nnx(model)):
+        output, after = model.apply(
+            variables, batch, rngs=rngs, method=call or _call_directly, mutable=DenyList("params")
+        )
     return output, after
 
 
@@ -97,17 +96,24 @@ class Traced(NamedTuple):
 
 
 def trace(
-    model: Model, variables: Mapping[str, Any], batch: Any, call: Call | None, rngs: Mapping[str, Array] | None
+    model: Model,
+    variables: Mapping[str, Any],
+    batch: Any,
+    call: Call | None,
+    rngs: Mapping[str, Array] | None,
+    *,
+    dropout: Collection[str] = (),
 ) -> Traced:
     """Traces the evaluation of `model` on `batch`.
 
-    The arguments may be abstract. The model runs as in `evaluate`, but dropout layers are off.
+    The arguments may be abstract. The model runs as in `evaluate`, but dropout layers are off, unless the collection
+    of random keys that they draw from is among `dropout`.
     """
     returned: list[Any] = []
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
-        look = intercept_nnx(evaluate_nnx_layer)
-        with nn.intercept_methods(_interceptor()), look, observing(("trace", recognized_key())):
+        look = intercept_nnx(partial(evaluate_nnx_layer, dropout))
+        with nn.intercept_methods(_interceptor(dropout)), look, observing(("trace", recognized_key())):
             output, after = _applied(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
         before = named_leaves(variables.get("batch_stats", {}))
@@ -137,13 +143,13 @@ def running_function(context: nn.module.InterceptorContext) -> Any:
     return inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
 
 
-def _interceptor() -> Callable[..., Any]:
+def _interceptor(dropout: Collection[str]) -> Callable[..., Any]:
     inside = False
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
         function, layer = running_function(context), context.module
-        if function is DROPOUT_CALL:
+        if function is DROPOUT_CALL and layer.rng_collection not in dropout:
             return kwargs["inputs"] if "inputs" in kwargs else args[0]
         known = None if inside else _evaluation_of(layer, function)
         if known is None:
@@ -196,5 +202,5 @@ def check_layers(program: Program, model: Model, variables: Mapping[str, Any]) -
     if not program.tap_inputs():
         raise ValueError(
             f"`model` must run a batch-norm layer (BatchNorm of flax.linen, flax.nnx, flaxbn or flaxbn.nnx, a "
-            f"BatchRenorm, or a subclass): {model_name(model)} ran none in `call`. {what_is_held(variables)}"
+            f"BatchRenorm, or a subclass): {model_class(model).__name__} ran none in `call`. {what_is_held(variables)}"
         )

@@ -28,9 +28,9 @@ class NnxModel:
     evaluates: bool
 
     @property
-    def class_name(self) -> str:
-        """What the class of the model is called."""
-        return _root(self.graphdef).__name__
+    def cls(self) -> type:
+        """The class of the model."""
+        return _root(self.graphdef)
 
     def apply(
         self,
@@ -63,6 +63,20 @@ class NnxModel:
                 "`call` must change nothing but the model that it is given, which is a copy: it changes a variable of "
                 "another one, such as the model that was split. Use the first argument: `call=lambda m, b: m(b)`."
             ) from error
+
+    def check_dropout(self, variables: Mapping[str, Any], name: str) -> None:
+        """A collection of random keys that no dropout layer of this model draws from is an error."""
+        model = self._merged(*(variables[name] for name in ("batch_stats", "state", "rngs")))
+        found = {m.rng_collection for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout)} | {"dropout"}
+        if name not in found:
+            raise ValueError(
+                f"`rngs` of an nnx model must name the collections of its dropout layers, {sorted(found)}: got "
+                f"'{name}'. Its other random keys it holds itself: `nnx.reseed(model, ...)` gives it others."
+            )
+
+    def parameters(self, variables: Mapping[str, Any]) -> Any:
+        """Of the variables those that are trained."""
+        return nnx.split_state(variables["state"], nnx.Param, ...)[0]
 
     def renormalizing(self, variables: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[Any, Any]]:
         """The layers that renormalize, by their paths, with the bounds `r_max` and `d_max` that they have for it."""

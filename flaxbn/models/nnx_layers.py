@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -53,11 +53,17 @@ def is_dropout(cls: type) -> bool:
 
 
 def evaluate_nnx_layer(
-    cls: type, function: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    dropout: Collection[str],
+    cls: type,
+    function: Callable[..., Any],
+    layer: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """A call while a model is traced: dropout is off, batch normalization has the statistics that come out of its tap.
 
     Args:
+        dropout: the collections of random keys whose dropout layers run as they are.
         cls: the class whose `__call__` runs; `layer` may be of a subclass.
         function: that `__call__`.
         layer: the layer.
@@ -68,7 +74,7 @@ def evaluate_nnx_layer(
 
     given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
     if is_dropout(cls):
-        return given["inputs"]
+        return function(layer, *args, **kwargs) if layer.rng_collection in dropout else given["inputs"]
     said = known_as(type(layer), inspect.unwrap(function))
     if said is not None:
         return (

@@ -165,11 +165,11 @@ def one_warning() -> Iterator[None]:
             "Statistics must be read by batch-norm layers that flaxbn knows, to be chosen, estimated or checked. Those "
             f"in {named_holders(noted)} take part without: they are used as they are stored, or computed from the "
             f"batch and updated. {WAYS_FORWARD}",
-            stacklevel=_frames_within() + 1,
+            stacklevel=frames_within() + 1,
         )
 
 
-def _frames_within() -> int:
+def frames_within() -> int:
     """How many frames, from the caller's on, belong to this package, or to the context managers that it uses."""
     package = os.path.dirname(os.path.dirname(__file__))
     frame, count = sys._getframe(1), 0

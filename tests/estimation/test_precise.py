@@ -27,6 +27,7 @@ from models import MLP
 from oracle import assert_same_statistics
 
 import flaxbn
+from flaxbn.estimation.batch_pass import TOGETHER
 
 
 @pytest.fixture(params=MESHES)
@@ -125,10 +126,14 @@ def test_a_part_of_one_value_is_an_error(devices, size):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sharding": True}, {"sharding": True, "normalization_batch": "device"}], ids=str
+    ("together", "options"),
+    [(TOGETHER, {}), (1, {"sharding": True}), (1, {"sharding": True, "normalization_batch": "device"})],
+    ids=str,
 )
-def test_a_stream_is_read_ahead_of_the_devices(devices, options):
+def test_a_stream_is_read_ahead_of_the_devices(devices, together, options):
     """No result comes back between batches: the next one is asked for while the device works on the last.
+
+    Without `sharding` it works on groups, and begins when there is a first one.
 
     Where jax guards transfers, on accelerators, it sees none; on CPUs it does not, but waiting for results shows.
     """
@@ -139,12 +144,12 @@ def test_a_stream_is_read_ahead_of_the_devices(devices, options):
 
     def stream():
         with jax.transfer_guard_device_to_host("disallow"):
-            for i in range(4):
+            for i in range(together + 3):
                 busy.append(any(not (array.is_deleted() or array.is_ready()) for array in jax.live_arrays()))
-                yield X[48 * i : 48 * (i + 1)]
+                yield X[24 * i : 24 * (i + 1)]
 
     found = estimate(stream(), call=slow_call, **options)
-    assert busy[1:] == [True, True, True]
+    assert busy[together:] == [True, True, True]
     assert np.all(np.isfinite(found["BatchNorm_1"]["var"]))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import flaxbn
-from flaxbn.estimation.reuse import Recent
+from flaxbn.estimation.recent import Recent
 
 N, BATCH = 64, 16
 X = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)

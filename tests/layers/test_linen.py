@@ -544,7 +544,12 @@ def test_the_fields_are_flax_s_with_one_other_default():
     assert [(a, b) for a, b in zip(ours, theirs) if a != b] == [
         (("use_fast_variance", False), ("use_fast_variance", True))
     ]
-    assert ours[len(theirs) :] == [("num_domains", None), ("domain_affine", False), ("activation", None)]
+    assert ours[len(theirs) :] == [
+        ("num_domains", None),
+        ("domain_affine", False),
+        ("virtual_batch_size", None),
+        ("activation", None),
+    ]
 
 
 class AutoNamed(nn.Module):

@@ -38,6 +38,8 @@ CASES = {
     "renorm by schedule": ("BatchRenorm", {"r_max": lambda steps: 1 + steps, "d_max": lambda steps: steps}, {}),
     "domain": ("BatchNorm", DOMAINS, {"domain": 1}),
     "domains": ("BatchNorm", {**DOMAINS, "domain_affine": True}, {"domain": np.arange(N) % 2}),
+    "ghost": ("BatchRenorm", {"virtual_batch_size": 4, "r_max": 3.0, "d_max": 5.0}, {"mask": WEIGHTS}),
+    "debiased": ("BatchNorm", {**DOMAINS, "momentum": flaxbn.Debiased(0.9)}, {"domain": np.arange(N) % 2}),
     "renorm with domains": ("BatchRenorm", {**DOMAINS, "r_max": 3.0, "d_max": 5.0}, {"domain": np.arange(N) % 2}),
 }
 

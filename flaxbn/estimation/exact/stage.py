@@ -17,9 +17,9 @@ from flaxbn.estimation.calls import Closed
 from flaxbn.estimation.chunks import Ahead
 from flaxbn.estimation.exact.segments import Segments, Values
 from flaxbn.estimation.joined import first_not_finite
-from flaxbn.estimation.keys import fold_in
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.threads import Cores
+from flaxbn.models.keys import fold_in
 from flaxbn.tracing.measure import replace_seen
 
 _AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
