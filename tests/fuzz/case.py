@@ -1,5 +1,6 @@
 """A case: a model, data and a check, which prints itself as code that runs it again."""
 
+import itertools
 import re
 import warnings
 from dataclasses import dataclass
