@@ -52,7 +52,7 @@ def run(seeds, seconds, parts, out, tries=0):
         if time.monotonic() - start > seconds:
             break
         case = draw_case(seed, parts)
-        ran[type(case.check).__name__] += 1
+        ran[f"nnx {case.check}" if isinstance(case.check, str) else type(case.check).__name__] += 1
         try:
             case.run()
         except Exception as error:
