@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 CLIENTS_INSTALLED := $(VENV)-clients/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test mutation flax-suite clients readme docs notebooks lint bench clean
+.PHONY: train domains test mutation fuzz flax-suite clients readme docs notebooks lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -57,6 +57,9 @@ test: $(INSTALLED)
 
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py $(ARGS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/random_models.py $(ARGS)
 
 flax-suite: $(INSTALLED)
 	$(BIN)/python tests/flax_suite/run.py
