@@ -106,7 +106,12 @@ class Stream:
 
     def length(self) -> int | None:
         """How many batches there are, at most; None where only reading tells."""
-        return len(self.batches) if isinstance(self.batches, Sized) and not isinstance(self.batches, Iterator) else None
+        if not isinstance(self.batches, Sized) or isinstance(self.batches, Iterator):
+            return None
+        try:
+            return len(self.batches)
+        except Exception:  # loaders have a `__len__` that raises, whatever they like, where they do not know
+            return None
 
     def peeked(self) -> tuple[Any, "Stream"]:
         """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""
