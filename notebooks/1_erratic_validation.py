@@ -131,7 +131,7 @@ lab.say(
 #   batch.
 # - Before the test, estimate once: `estimate_population_stats`. Statistics that were never estimated are far worse than
 #   a running average that lags.
-# - A smaller learning rate, a decaying one, or more steps let the running average catch up: with `--preset default` the
+# - A smaller learning rate, a decaying one, or more steps let the running average catch up: with `--preset settled` the
 #   four modes of `scripts/train_mnist.py` end alike, but for `unestimated`.
 #
 # ## Against the literature

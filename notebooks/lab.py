@@ -103,7 +103,7 @@ def train(
     split = load().train
     state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
     for index in batches:
-        state, _ = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
+        state, _, _ = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
         yield state
 
 

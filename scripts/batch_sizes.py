@@ -16,6 +16,8 @@ training mode with momentum 0. Compare table 2 of Wu & Johnson 2021, "Rethinking
 A variance that is too small makes the logits larger. That alone lowers the test loss of a network that is not sure
 enough of itself, and raises that of one that is too sure: the sign of its change says little.
 
+A training that diverges is told and left out; the exit status is 3 then.
+
     python scripts/batch_sizes.py
     python scripts/batch_sizes.py --batch-size 4 --seeds 5
 """
@@ -25,41 +27,30 @@ import functools
 import itertools
 import math
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
+import batch_size_results
 import data
-import figures
+import divergence
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import options
-import tables
+import processes
 import training
 import tyro
+from batch_size_results import METHODS
 from domain_results import mean_and_spread
 from journal import Journal, keep_journal
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import flaxbn
-from flaxbn.inference.artifact import replace_file
 
 TRAINING_EXAMPLES = 1152  # of 1249: a multiple of 128, so that every batch is full
 LAYERS = ((16, 1), (32, 2), (32, 2), (64, 1))
 FORGOTTEN = 1e-3
-METHODS = {
-    "running": ("running average", "o", "#c8501e"),
-    "precise": ('method="precise"', "s", "#1f5fa8"),
-    "exact": ('method="exact"', "D", "#2a8f5a"),
-}
-MEASURES = {
-    "variance_ratio": ("variance ratio, last layer", ".3f"),
-    "test_loss": ("test loss", ".4f"),
-    "loss_change": ("change of test loss", "+z.4f"),
-    "test_accuracy": ("test accuracy", ".3f"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +116,18 @@ def load() -> tuple[data.Split, data.Split]:
 
 
 def train(config: Config, optimizer: optax.GradientTransformation, split: data.Split, seed: int) -> Trained:
-    """Trains one network, and takes its reference."""
+    """Trains one network, and takes its reference.
+
+    Raises:
+        divergence.DivergenceError: if after an epoch the loss or the weights are not finite.
+    """
     model = make_model(config.momentum)
     state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
     for epoch in range(1, config.epochs + 1):
         for index in training.training_batches(TRAINING_EXAMPLES, config.batch_size, seed=seed, epoch=epoch):
-            state, _ = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
+            state, _, loss = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
+        if not divergence.all_finite((loss, state.variables)):
+            raise divergence.DivergenceError("training", seed, epoch)
     return Trained(state.variables, updated(state.variables, split.images, momentum=0.0))
 
 
@@ -201,97 +198,74 @@ def summarize(lines: list[dict[str, Any]], references: list[dict[str, float]]) -
     )
 
 
-def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -> str:
-    """One row for each measure and method, one column for each batch size, in Markdown."""
-    rows = []
-    for measure, (title, form) in MEASURES.items():
-        for method, (label, *_) in METHODS.items():
-            cells = [tuple(tree[method][size][measure] for tree in (summary, summary["seed_spread"])) for size in sizes]
-            rows.append([title, label, *(f"{mean:{form}} ± {spread:{form.lstrip('+z')}}" for mean, spread in cells)])
-    text = tables.markdown(["", "statistics", *sizes], rows, labels=2) + "\n"
-    replace_file(path, text.encode())
-    return text
-
-
-def write_figure(path: pathlib.Path, summary: dict[str, Any], sizes: dict[str, int], title: str) -> None:
-    """The variance ratio and the change of the test loss against the batch size, a line for each method."""
-    fig = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = fig.subplots(1, 2)
-    panels = {
-        "variance_ratio": ("Variance of the last layer", "variance / reference"),
-        "loss_change": (
-            f"Test loss (reference: {summary['reference']['test_loss']:.3f} nats)",
-            "difference from the reference (nats)",
-        ),
-    }
-    for ax, (measure, (panel, label)) in zip(axes, panels.items()):
-        for method in METHODS:
-            _draw_method(ax, summary, sizes, method, measure)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks([*sizes.values()], [*sizes])
-        ax.minorticks_off()
-        ax.set(xlabel="batch size of the estimation (examples)", ylabel=label)
-        ax.set_title(panel, fontsize="medium")
-        figures.leave_open(ax)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
-    fig.suptitle(title, fontsize="medium")
-    figures.save(fig, path)
-
-
-def _draw_method(ax: Axes, summary: dict[str, Any], sizes: dict[str, int], method: str, measure: str) -> None:
-    label, marker, color = METHODS[method]
-    mean, spread = ([tree[method][size][measure] for size in sizes] for tree in (summary, summary["seed_spread"]))
-    figures.draw_band(ax, sizes.values(), mean, spread, label=label, color=color, marker=marker)
-
-
 def configure() -> Config:
     """The command line."""
     return tyro.cli(Config, description=__doc__)
 
 
-def experiment(config: Config, train_split: data.Split, test_split: data.Split, journal: Journal) -> list[Trained]:
-    """Trains a network for each seed, then estimates with each batch size that the journal does not have yet."""
-    networks = []
+def train_all(config: Config, split: data.Split, journal: Journal) -> dict[int, Trained]:
+    """The networks by their seeds, without those that diverged."""
+    networks = {}
     optimizer = config.optimizer(config.epochs * (TRAINING_EXAMPLES // config.batch_size))
     for seed in range(config.seeds):
         journal.describe(f"training, seed {seed}")
-        networks.append(train(config, optimizer, train_split, seed))
+        try:
+            networks[seed] = train(config, optimizer, split, seed)
+        except divergence.DivergenceError as error:
+            divergence.note(journal, error, seed=seed)
         journal.advance()
+    return networks
+
+
+def experiment(config: Config, train_split: data.Split, test_split: data.Split, journal: Journal) -> list[Trained]:
+    """Trains a network for each seed, then estimates with each batch size that the journal does not have yet."""
+    networks = train_all(config, train_split, journal)
     # All seeds for one batch size, then the next, since compiled passes are not kept for ever.
-    for name, size in [*config.named_sizes.items()][len(journal.lines) :]:
+    for name, size in [*config.named_sizes.items()][len(journal.lines) :] if networks else ():
         outcomes = []
-        for seed, trained in enumerate(networks):
+        for seed, trained in networks.items():
             journal.describe(f"batch size {name}, seed {seed}")
             found = estimates(config, trained.variables, train_split.images, batch_size=size, seed=seed)
             outcomes.append({m: outcome(trained, found[m], test_split) for m in METHODS})
             journal.advance()
         journal.add({"batch_size": name, "outcomes": outcomes})
-    return networks
+    return [*networks.values()]
 
 
-def report(config: Config, lines: list[dict[str, Any]], references: list[dict[str, float]], console: Console) -> None:
+def report(config: Config, journal: Journal, references: list[dict[str, float]], console: Console) -> None:
     """Compares the methods: in the folder of the run, and on the terminal."""
-    summary, sizes = summarize(lines, references), config.named_sizes
-    config.report("results.json", methods=summary)
+    summary, sizes = summarize(journal.lines, references), config.named_sizes
+    config.report("results.json", methods=summary, diverged=journal.diverged)
+    over = f"mean ± standard deviation of {len(references)} seeds; " if len(references) > 1 else ""
+    left_out = "".join(f"; seed {x['seed']} diverged" for x in journal.diverged)
     title = (
-        f"digits, trained with batches of {config.batch_size}; mean ± standard deviation, seeds: {config.seeds}; "
-        "reference: all training examples as one batch"
+        f"digits, trained with batches of {config.batch_size}; {over}reference: all training examples as one batch"
+        f"{left_out}"
     )
-    write_figure(config.out / "batch_sizes.png", summary, sizes, title)
-    console.print(write_table(config.out / "table.md", summary, [*sizes]), soft_wrap=True, highlight=False)
+    batch_size_results.write_figure(config.out / "batch_sizes.png", summary, sizes, title)
+    console.print(
+        batch_size_results.write_table(config.out / "table.md", summary, [*sizes]), soft_wrap=True, highlight=False
+    )
+    config.tell_where(console, "batch_sizes.png", "table.md", "results.json")
 
 
-def main(config: Config, console: Console) -> None:
+def main(config: Config, console: Console) -> int:
     """Trains, estimates with each batch size, and compares."""
     console.print(config)
     train_split, test_split = load()
-    lines = config.begin()
-    total, completed = config.seeds * (1 + len(config.named_sizes)), config.seeds * len(lines)
-    with keep_journal(config.out, lines, console, total=total, completed=completed) as journal:
-        networks = experiment(config, train_split, test_split, journal)
-    references = [outcome(trained, trained.reference, test_split) for trained in networks]
-    report(config, journal.lines, references, console)
+    with processes.alone(config.out):
+        lines = config.begin()
+        total, completed = config.seeds * (1 + len(config.named_sizes)), config.seeds * len(lines)
+        with keep_journal(config.out, lines, console, total=total, completed=completed) as journal:
+            networks = experiment(config, train_split, test_split, journal)
+        references = [outcome(trained, trained.reference, test_split) for trained in networks]
+        if references:
+            report(config, journal, references, console)
+        else:
+            config.report("results.json", methods={}, diverged=journal.diverged)
+            config.tell_where(console, "results.json")
+    return divergence.DIVERGED if journal.diverged else 0
 
 
 if __name__ == "__main__":
-    main(configure(), Console())
+    sys.exit(main(configure(), Console()))

@@ -9,6 +9,7 @@ from typing import Any
 import figures
 import jax
 import numpy as np
+import tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -18,25 +19,37 @@ AS_IN_TRAINING = ("o", "#1f5fa8", "normalized as in training")
 NOT_AS_IN_TRAINING = ("s", "#c8501e", "not as in training")
 
 
-def summarize(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    lines: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]], diverged: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """The outcome of each variant: means over the seeds, and their standard deviations under `seed_spread`.
 
     Args:
-        lines: one for each variant, seed and epoch, in this order, with `variant`, `train_accuracy`,
+        lines: one for each variant, seed and epoch, in this order, with `variant`, `seed`, `train_accuracy`,
             `validation_accuracy` by domain, and `seconds`.
-        tests: one for each variant and seed, in the same order, with `variant`, `test_accuracy` by statistics and
-            domain, `consistent` by statistics, `layers`, the `distances` between the domains, and `seconds`.
+        tests: one for each variant and seed that was tested, in the same order, with `variant`, `test_accuracy` by
+            statistics and domain, `consistent` by statistics, `layers`, the `distances` between the domains, and
+            `seconds`.
+        diverged: one for each variant and seed that diverged, with `variant`, `seed` and `epoch`; they count for no
+            mean.
 
     Returns:
         For each variant `test_accuracy`, by statistics and domain; the lists `validation_accuracy`, by domain, and
         `train_accuracy`, by epoch; `consistent`, by statistics; `layers`, how far apart the domains are; `seconds` of
-        one seed.
+        one seed; `seeds`, how many; `diverged`, by seed the epoch. Where all seeds diverged, only the last.
     """
-    variants = dict.fromkeys(test["variant"] for test in tests)
-    return {
-        variant: _summarize_variant(*([x for x in part if x["variant"] == variant] for part in (lines, tests)))
-        for variant in variants
-    }
+    outcomes = {}
+    for variant in dict.fromkeys(x["variant"] for x in (*tests, *diverged)):
+        left_out = {x["seed"]: x["epoch"] for x in diverged if x["variant"] == variant}
+        tested = [x for x in tests if x["variant"] == variant]
+        kept = [x for x in lines if x["variant"] == variant and x.get("seed") not in left_out]
+        outcomes[variant] = (_summarize_variant(kept, tested) if tested else {}) | {"diverged": left_out}
+    return outcomes
+
+
+def finished(summary: dict[str, Any]) -> dict[str, Any]:
+    """The variants that at least one seed was tested in."""
+    return {variant: outcome for variant, outcome in summary.items() if "test_accuracy" in outcome}
 
 
 def _summarize_variant(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,8 +59,8 @@ def _summarize_variant(lines: list[dict[str, Any]], tests: list[dict[str, Any]])
     tested = mean_and_spread([{key: test[key] for key in ("test_accuracy", "layers")} for test in tests])
     seconds = (sum(line["seconds"] for line in lines) + sum(test["seconds"] for test in tests)) / len(tests)
     return {
-        **tested,
         **by_epoch,
+        **tested,
         "consistent": tests[0]["consistent"],
         "seconds": seconds,
         "seed_spread": tested["seed_spread"] | by_epoch["seed_spread"],
@@ -55,9 +68,9 @@ def _summarize_variant(lines: list[dict[str, Any]], tests: list[dict[str, Any]])
 
 
 def mean_and_spread(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of trees of numbers, one for each seed, and their standard deviation under `seed_spread`."""
+    """The mean of trees of numbers, one for each of the `seeds`, and their standard deviation under `seed_spread`."""
     mean, spread = (jax.tree.map(lambda *a, of=of: float(of(a)), *outcomes) for of in (np.mean, np.std))
-    return {**mean, "seed_spread": spread}
+    return {**mean, "seed_spread": spread, "seeds": len(outcomes)}
 
 
 def distances(batch_stats: dict[str, Any], reference: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -80,12 +93,12 @@ def _distance(stats: dict[str, jax.Array], reference: dict[str, jax.Array]) -> d
 
 def table(summary: dict[str, Any], names: Sequence[str]) -> Table:
     """One row for each variant and the statistics it is tested with."""
-    rows = Table(title="test accuracy, mean ± standard deviation over seeds")
+    rows = Table(title="test accuracy, mean ± standard deviation over seeds", caption=tables.diverged(summary))
     for column in ("variant", "statistics at the test", "as in\ntraining"):
         rows.add_column(column)
     for name in names:
         rows.add_column(name, justify="right")
-    for variant, outcome in summary.items():
+    for variant, outcome in finished(summary).items():
         for kind in tested_with(outcome):
             rows.add_row(
                 variant,
@@ -94,13 +107,16 @@ def table(summary: dict[str, Any], names: Sequence[str]) -> Table:
                 *(_with_spread(outcome, "test_accuracy", kind, name) for name in names),
                 end_section=kind == "domain",
             )
+    for variant in [variant for variant in summary if variant not in finished(summary)]:
+        rows.add_row(variant, "diverged")
     return rows
 
 
 def distance_table(summary: dict[str, Any], names: Sequence[str]) -> Table:
     """How far apart the domains are, for each variant."""
-    rows = _layer_table(f"population statistics of {names[1]} against those of {names[0]}", "variant", summary)
-    for variant, outcome in summary.items():
+    shown = finished(summary)
+    rows = _layer_table(f"population statistics of {names[1]} against those of {names[0]}", "variant", shown)
+    for variant, outcome in shown.items():
         rows.add_row(variant, *_layer_cells(outcome))
     return rows
 
@@ -122,7 +138,7 @@ def tested_with(outcome: dict[str, Any]) -> list[str]:
 
 def _with_spread(outcome: dict[str, Any], *keys: str) -> str:
     mean, spread = (functools.reduce(operator.getitem, keys, tree) for tree in (outcome, outcome["seed_spread"]))
-    return f"{mean:.4f} ± {spread:.4f}"
+    return tables.with_spread(mean, spread, outcome["seeds"])
 
 
 def _layer_table(title: str, first: str, outcomes: dict[str, Any]) -> Table:
@@ -139,7 +155,7 @@ def _layer_cells(outcome: dict[str, Any]) -> list[str]:
 
 def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[str]) -> None:
     """Test accuracy with its spread, a panel for each domain and a row for each test."""
-    rows = [(variant, kind) for variant, outcome in summary.items() for kind in tested_with(outcome)]
+    rows = [(variant, kind) for variant, outcome in finished(summary).items() for kind in tested_with(outcome)]
     fig = Figure(figsize=(9, 1.2 + 0.23 * len(rows)), layout="constrained")
     axes = fig.subplots(1, len(names), sharey=True)
     for ax, name in zip(axes, names):
@@ -158,6 +174,8 @@ def write_figure(path: pathlib.Path, summary: dict[str, Any], names: Sequence[st
     axes[0].set_yticks(range(len(rows)), labels)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    if left_out := tables.diverged(summary):
+        fig.suptitle(left_out, fontsize="medium")
     figures.save(fig, path)
 
 

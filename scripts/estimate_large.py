@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import data
+import divergence
 import grain
 import jax
 import numpy as np
@@ -80,6 +81,10 @@ def load_model(folder: pathlib.Path) -> tuple[training.CNN, dict[str, Any]]:
     variables = training.load_variables(folder)
     if "batch_stats" not in variables:
         raise ValueError(f"--model must have batch normalization: {folder} has {sorted(variables)}. Use another mode.")
+    if not divergence.all_finite(variables):
+        raise ValueError(
+            f"--model must have weights that are finite: those in {folder} are of a training that diverged."
+        )
     return training.CNN(len(variables["params"]["Dense_0"]["bias"]), flaxbn.BatchNorm), variables
 
 
@@ -171,19 +176,22 @@ def estimate(
     return moments
 
 
-def main(config: Config, console: Console) -> None:
+def main(config: Config, console: Console) -> int:
     """Estimates the statistics of the model, and saves it with them."""
     console.print(config)
     model, variables = processes.on_each(lambda: load_model(config.model))
     images = open_images(config, channels=variables["params"]["Conv_0"]["kernel"].shape[2])
-    lines = processes.begin(config, weights=fingerprint(variables))
-    with keep_journal(config.out, lines, console, total=len(images), description="images") as journal:
-        moments = estimate(config, model, variables, images, journal)
-    variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])
-    folder = (config.out / "checkpoints" / "model").absolute()
-    training.save_model(folder, processes.place(variables, processes.everywhere()))
-    if processes.is_first():
-        config.report(images=len(images))
+    with processes.alone(config.out):
+        lines = processes.begin(config, weights=fingerprint(variables))
+        with keep_journal(config.out, lines, console, total=len(images), description="images") as journal:
+            moments = estimate(config, model, variables, images, journal)
+        variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])
+        folder = (config.out / "checkpoints" / "model").absolute()
+        training.save_model(folder, processes.place(variables, processes.everywhere()))
+        if processes.is_first():
+            config.report(images=len(images))
+            config.tell_where(console, "checkpoints/model", "summary.json")
+    return 0
 
 
 def progress_of(read: Iterator[np.ndarray], journal: Journal) -> Iterator[np.ndarray]:

@@ -13,11 +13,20 @@ from flaxbn.inference.artifact import replace_file
 
 
 def draw_band(
-    ax: Axes, x: Iterable[float], mean: Any, spread: Any, *, label: str, color: str, marker: str = "o", size: float = 4
+    ax: Axes,
+    x: Iterable[float],
+    mean: Any,
+    spread: Any,
+    *,
+    label: str,
+    color: str,
+    marker: str = "o",
+    line: str = "-",
+    size: float = 4,
 ) -> None:
     """The means as a line with markers of `size` points, in a band of one `spread` to each side."""
     x, mean, spread = np.array([*x]), np.asarray(mean), np.asarray(spread)
-    ax.plot(x, mean, f"{marker}-", label=label, color=color, markersize=size)
+    ax.plot(x, mean, marker=marker, linestyle=line, label=label, color=color, markersize=size)
     ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
 
 

@@ -23,6 +23,8 @@ class Journal:
     console: Console
     bar: Progress
     task: TaskID
+    diverged: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Which trainings diverged, and in which `epoch`."""
 
     def forget(self, epoch: int, run: dict[str, Any]) -> None:
         """Leaves out the lines of a training after `epoch`, which has no checkpoint."""
@@ -51,7 +53,7 @@ def keep_journal(
     *,
     total: int,
     completed: int = 0,
-    description: str = "",
+    description: str = "compiling",
 ) -> Iterator[Journal]:
     """A journal in the folder of a run that goes on after `lines`, under a bar of `total` steps."""
     with Progress(console=console, disable=not console.is_terminal) as bar:

@@ -59,6 +59,10 @@ class Run:
         """Writes what came out of the run, with the options and the versions that it came from."""
         results.write_json(self.out / name, {"configuration": self.record(), "versions": results.versions(), **content})
 
+    def tell_where(self, console: Console, *names: str) -> None:
+        """Says where the results are, as the last line of a run."""
+        console.print(f"Results are in {self.out}: {', '.join(names)}.", soft_wrap=True, highlight=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Training(Run):

@@ -1,15 +1,19 @@
 """Several processes that train together, on one machine or on many: how they meet, and what each of them holds."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import options
+import results
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -19,12 +23,12 @@ HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 30, 60
 """Seconds until jax ends a process that misses another; and that processes wait for each other at the end."""
 
 
-def start(main: Callable[[Any, Console], None], config: options.Distributed) -> None:
-    """Runs `main` on all devices of all processes; only the first one speaks."""
+def start(main: Callable[[Any, Console], int], config: options.Distributed) -> None:
+    """Runs `main` on all devices of all processes; only the first one speaks. The exit status is what it returns."""
     use_cores_as_devices()
     meet(config.coordinator, config.num_processes, config.process_id)
     check_alike(config)
-    main(config, Console(quiet=not is_first()))
+    sys.exit(main(config, Console(quiet=not is_first())))
 
 
 def use_cores_as_devices() -> None:
@@ -67,6 +71,14 @@ def differing(content: bytes) -> list[int]:
     """The processes whose content is not that of the first one. All must call it."""
     digests = gather(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
     return [process for process, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
+
+
+@contextlib.contextmanager
+def alone(out: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, on behalf of all processes of this one; see `results.held`."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(results.held(out)))
+        yield
 
 
 def begin(config: options.Distributed, **content: Any) -> list[dict[str, Any]]:

@@ -1,24 +1,46 @@
-"""What a run leaves in its folder: configuration, metrics by epoch, a summary, a figure; none of them half written."""
+"""What a run leaves in its folder: configuration, metrics by epoch, a summary; none of them half written."""
 
+import contextlib
 import json
 import pathlib
 import platform
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
-import figures
+import filelock
 import jax
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 
 from flaxbn.inference.artifact import replace_file
 from flaxbn.inference.export import installed_version
 
 PACKAGES = ("flaxbn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-TRAINING, VALIDATION, TEST = "0.6", "#1f5fa8", "#c8501e"
+
+
+@contextlib.contextmanager
+def held(out: pathlib.Path) -> Iterator[None]:
+    """Keeps every other run out of a folder, until the block ends or the process does, in whatever way.
+
+    The lock is one of the operating system on the file .lock, which stays there and means nothing by itself.
+
+    Raises:
+        FileExistsError: if the folder holds something else than a run.
+        BlockingIOError: if another run is at work in it.
+    """
+    _check_ours(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BlockingIOError(
+            f"--out must be the folder of one run at a time: another process is at work in {out}. Wait until it ends, "
+            "end it, or name another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def begin(out: pathlib.Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
@@ -37,12 +59,16 @@ def begin(out: pathlib.Path, configuration: dict[str, Any], *, resume: bool, ove
             f"--out must be a new folder: {out} holds a run. Continue it with --resume, replace it with --overwrite, "
             "or name another --out."
         )
+    _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
-    if not record.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise FileExistsError(f"--out must be a new folder or hold a run: {out} holds something else. Name another.")
     _clear(out)
     write_json(record, configuration)
     return []
+
+
+def _check_ours(out: pathlib.Path) -> None:
+    if out.is_dir() and not (out / "config.json").exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+        raise FileExistsError(f"--out must be a new folder or hold a run: {out} holds something else. Name another.")
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: pathlib.Path) -> None:
@@ -76,101 +102,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def epoch_to_epoch_spread(accuracy: list[float]) -> float | None:
-    """The root mean square of the change from one epoch to the next; None for a single epoch, which has no change."""
-    return float(np.sqrt(np.mean(np.diff(accuracy) ** 2))) if len(accuracy) > 1 else None
-
-
-def summarize(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
-    """The outcome of each mode: means over the seeds, and their standard deviations under `seed_spread`.
-
-    Args:
-        lines: one for each mode, seed and epoch, in this order, with `mode`, `train_accuracy`, `validation_accuracy`
-            and `seconds`.
-        tests: one for each mode and seed, in the same order, with `mode`, `test_accuracy`, `batch_independence`,
-            `exported` and `seconds`.
-
-    Returns:
-        For each mode `test_accuracy`; the lists `validation_accuracy` and `train_accuracy`, by epoch;
-        `epoch_to_epoch_spread` of validation; `seconds` of one seed (training, validation, estimation and test,
-        compilation included); `batch_independence`, a list by seed; `exported`, whether all seeds were.
-    """
-    modes = dict.fromkeys(test["mode"] for test in tests)
-    return {
-        mode: _summarize_mode(*([x for x in part if x["mode"] == mode] for part in (lines, tests))) for mode in modes
-    }
-
-
-def _summarize_mode(lines: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
-    def by_seed(key: str) -> np.ndarray:
-        return np.array([line[key] for line in lines]).reshape(len(tests), -1)
-
-    test = np.array([test["test_accuracy"] for test in tests])
-    validation, train = by_seed("validation_accuracy"), by_seed("train_accuracy")
-    spreads = [epoch_to_epoch_spread(list(row)) for row in validation]
-    seconds = by_seed("seconds").sum(1) + [test["seconds"] for test in tests]
-    return {
-        "test_accuracy": float(test.mean()),
-        "validation_accuracy": validation.mean(0).tolist(),
-        "train_accuracy": train.mean(0).tolist(),
-        "epoch_to_epoch_spread": None if None in spreads else float(np.mean(spreads)),
-        "seconds": float(seconds.mean()),
-        "seed_spread": {
-            "test_accuracy": float(test.std()),
-            "validation_accuracy": validation.std(0).tolist(),
-            "train_accuracy": train.std(0).tolist(),
-        },
-        "batch_independence": [test["batch_independence"] for test in tests],
-        "exported": all(test["exported"] for test in tests),
-    }
-
-
 def versions() -> dict[str, str | int]:
     """The versions of Python and of the packages that decide the numbers, and the devices."""
     found = {name: installed_version(name) for name in PACKAGES}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"python": platform.python_version(), **found, "devices": devices, "processes": jax.process_count()}
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """One row for each mode."""
-    rows = Table(title="accuracy")
-    rows.add_column("mode")
-    for column in ("test", "last\nvalidation", "worst\nvalidation", "epoch-to-epoch\nspread", "seconds"):
-        rows.add_column(column, justify="right")
-    for mode, outcome in summary.items():
-        validation, spread = outcome["validation_accuracy"], outcome["epoch_to_epoch_spread"]
-        accuracies = (outcome["test_accuracy"], validation[-1], min(validation), spread)
-        rows.add_row(mode, *("-" if a is None else f"{a:.4f}" for a in accuracies), f"{outcome['seconds']:.1f}")
-    return rows
-
-
-def write_figure(path: pathlib.Path, summary: dict[str, Any], title: str) -> None:
-    """Training and validation accuracy by epoch and test accuracy at the end, a panel for each mode."""
-    epochs = len(next(iter(summary.values()))["validation_accuracy"])
-    fig = Figure(figsize=(0.6 + 2.6 * len(summary), 2.9), layout="constrained")
-    axes = fig.subplots(1, len(summary), sharey=True, squeeze=False)
-    for ax, (mode, outcome) in zip(axes[0], summary.items()):
-        _draw_curve(ax, outcome, "train_accuracy", label="training", color=TRAINING)
-        _draw_curve(ax, outcome, "validation_accuracy", label="validation", color=VALIDATION)
-        ax.plot(epochs, outcome["test_accuracy"], "D", label="test", color=TEST, clip_on=False, zorder=3)
-        ax.set(
-            title=f"{mode}\ntest {outcome['test_accuracy']:.3f}",
-            xlabel="epoch",
-            xlim=(0.5, epochs + 0.5),
-            ylim=(0, 1.03),
-        )
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figures.leave_open(ax)
-    axes[0, 0].set_ylabel("accuracy")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    fig.suptitle(title, fontsize="medium")
-    figures.save(fig, path)
-
-
-def _draw_curve(ax: Axes, outcome: dict[str, Any], key: str, *, label: str, color: str) -> None:
-    mean, spread = outcome[key], outcome["seed_spread"][key]
-    figures.draw_band(ax, range(1, len(mean) + 1), mean, spread, label=label, color=color, size=3)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -13,7 +13,8 @@ Each is trained once for a seed and tested with three kinds of statistics: the r
 (`running`), the population of both domains together (`shared`; not where scale and bias are apart) and the population
 of each (`domain`). A test is consistent if it normalizes as training did, together or each domain by itself; compare
 table 5 of Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm". `turn-shared` and `turn-domain` differ only in the
-running average, which training does not read.
+running average, which training does not read. A training that diverges is told and marked, and the others go on; the
+exit status is 3 then.
 
 The weighting experiment estimates the statistics of the first domain, for `turn-shared`, from a sample in which some
 classes are rare, with and without weights of inverse sampling probability, and compares them with those of all data.
@@ -32,6 +33,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import data
+import divergence
 import domain_data
 import domain_results
 import domain_statistics
@@ -255,44 +257,41 @@ def weigh(config: Config, prepared: Prepared, run: training.Repetition, state: t
     )
 
 
-def report(
-    config: Config,
-    lines: list[dict[str, Any]],
-    tests: list[dict[str, Any]],
-    weightings: list[dict[str, Any]],
-    console: Console,
-) -> None:
+def report(config: Config, journal: Journal, tests: list[Any], weightings: list[Any], console: Console) -> None:
     """Compares the variants: in the folder of the run, and on the terminal."""
-    names, summary = config.datasets, domain_results.summarize(lines, tests)
+    names, summary = config.datasets, domain_results.summarize(journal.lines, tests, journal.diverged)
     content = {"variants": summary}
     if weightings:
         content["weighting"] = domain_results.mean_and_spread(weightings)
     config.report(**content)
     domain_results.write_figure(config.out / "accuracy.png", summary, names)
     console.print(domain_results.table(summary, names))
-    console.print(domain_results.distance_table(summary, names))
+    if domain_results.finished(summary):
+        console.print(domain_results.distance_table(summary, names))
     if weightings:
         console.print(domain_results.weighting_table(content["weighting"], names[0]))
+    config.tell_where(console, "accuracy.png", "summary.json", "metrics.jsonl", "checkpoints")
 
 
-def main(config: Config, console: Console) -> None:
+def main(config: Config, console: Console) -> int:
     """Trains, tests and compares the variants."""
     console.print(config)
     parts = math.lcm(jax.device_count(), len(config.datasets))
     config = config.with_whole_batches(parts, "the devices and the domains", console)
     domains = load(config)
-    lines = processes.begin(config)
-    prepared = prepare(config, domains)
-    runs, tests, weightings = training.repetitions(config, "variant", config.variants, VARIANTS), [], []
-    total = len(runs) * config.epochs * prepared.num_steps
-    with keep_journal(config.out, lines, console, total=total) as journal:
-        for run in runs:
-            state = train(config, prepared, run, journal)
-            tests.append(test(config, prepared, run, state))
-            if run.name == WEIGHTED:
-                weightings.append(weigh(config, prepared, run, state))
-    if processes.is_first():
-        report(config, journal.lines, tests, weightings, console)
+    with processes.alone(config.out):
+        lines = processes.begin(config)
+        prepared = prepare(config, domains)
+        runs, tests, weightings = training.repetitions(config, "variant", config.variants, VARIANTS), [], []
+        total = len(runs) * config.epochs * prepared.num_steps
+        with keep_journal(config.out, lines, console, total=total) as journal:
+            for run, state in divergence.trained(runs, lambda run: train(config, prepared, run, journal), journal):
+                tests.append(test(config, prepared, run, state))
+                if run.name == WEIGHTED:
+                    weightings.append(weigh(config, prepared, run, state))
+        if processes.is_first():
+            report(config, journal, tests, weightings, console)
+    return divergence.DIVERGED if journal.diverged else 0
 
 
 if __name__ == "__main__":

@@ -16,10 +16,14 @@ import optax
 import options
 import orbax.checkpoint as ocp
 import processes
+from divergence import DivergenceError, all_finite
 from journal import Journal
 from nnx_network import parts_of
 
 import flaxbn
+
+CHECKED = 100
+"""Steps after which the loss is looked at: to look waits for the device."""
 
 
 class CNN(nn.Module):
@@ -80,8 +84,8 @@ def train_step(
     model: CNN,
     optimizer: optax.GradientTransformation,
     update: bool,
-) -> tuple[State, jax.Array]:
-    """One step of Adam on the examples `index`, and how many of them were right."""
+) -> tuple[State, jax.Array, jax.Array]:
+    """One step of Adam on the examples `index`, how many of them were right, and their mean loss."""
     images, labels = split.images[index], split.labels[index]
 
     def loss(params):
@@ -91,9 +95,9 @@ def train_step(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), (updated.get("batch_stats", {}), correct)
 
-    gradients, (batch_stats, correct) = jax.grad(loss, has_aux=True)(state.params)
+    (mean_loss, (batch_stats, correct)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), correct
+    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), correct, mean_loss
 
 
 class Repetition(NamedTuple):
@@ -135,7 +139,7 @@ def fit(
     epochs: int,
     num_steps: int,
     batches: Callable[[int], Iterable[tuple[jax.Array, jax.Array | None]]],
-    step: Callable[..., tuple[State, jax.Array]],
+    step: Callable[..., tuple[State, jax.Array, jax.Array]],
     validate: Callable[[dict[str, Any]], float | dict[str, float]],
 ) -> State:
     """Trains to the last epoch, from the last checkpoint if there is one, and returns the state at the end.
@@ -152,15 +156,19 @@ def fit(
         batches: for the number of an epoch, from 1, the indices of each batch and its domains, or None.
         step: `train_step` for the network.
         validate: takes the variables and gives the accuracy, or that of each domain.
+
+    Raises:
+        DivergenceError: as soon as it is seen that the loss or the weights are not finite; that epoch is not kept.
     """
     with checkpoint_manager(run.folder / "state") as checkpoints:
         state, done = restore(checkpoints, state)
         journal.forget(done, run.record)
         journal.advance(done * num_steps)
         for epoch in range(done + 1, epochs + 1):
-            journal.describe(f"{run.name}, seed {run.seed}, epoch {epoch}/{epochs}")
-            start = time.perf_counter()
-            state, train_accuracy = _train_epoch(state, split, journal, batches=batches(epoch), step=step)
+            start, label = time.perf_counter(), f"{run.name}, seed {run.seed}, epoch {epoch}/{epochs}"
+            state, train_accuracy = _train_epoch(state, split, journal, label, batches=batches(epoch), step=step)
+            if train_accuracy is None:
+                raise DivergenceError(run.name, run.seed, epoch)
             line = {
                 **run.record,
                 "epoch": epoch,
@@ -174,14 +182,24 @@ def fit(
     return state
 
 
-def _train_epoch(state: State, split: data.Split, journal: Journal, *, batches, step) -> tuple[State, float]:
-    """The state after an epoch, and the share of its examples that were right when their turn came."""
+def _train_epoch(
+    state: State, split: data.Split, journal: Journal, label: str, *, batches, step
+) -> tuple[State, float | None]:
+    """The state after an epoch, and the share of its examples that were right when their turn came.
+
+    None if the training diverged: that stays so, so every hundredth loss tells, and the state in the end.
+    """
     correct, size = [], 0
     for index, domain in batches:
-        state, right = step(state, split, index, domain)
+        state, right, loss = step(state, split, index, domain)
         correct.append(right)
         size += len(index)
+        journal.describe(label)  # not before: the first step is compiled
         journal.advance()
+        if len(correct) % CHECKED == 0 and not np.isfinite(loss):
+            return state, None
+    if not all_finite((loss, state.variables)):
+        return state, None
     return state, int(np.sum(jax.device_get(correct))) / size
 
 

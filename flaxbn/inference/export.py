@@ -30,6 +30,8 @@ from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of
 from flaxbn.models.unseen import WAYS_FORWARD, initial_holders, unseen
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_NAMED = 8
+"""How many arrays a message names at most."""
 _PUT = {
     False: 'variables["batch_stats"] = flaxbn.to_batch_stats(moments, variables["batch_stats"])',
     True: "nnx.update(model, flaxbn.to_batch_stats(moments, nnx.state(model, nnx.BatchStat)))",
@@ -54,9 +56,9 @@ def export_inference(
 ) -> None:
     """Writes a model with its weights to a file that predicts with jax and flatbuffers alone, for any batch size.
 
-    Before that it checks what makes predictions wrong without a word: that every layer is in evaluation mode, that the
-    statistics of every batch-norm layer that runs were estimated, and, with `assert_batch_independent` on `example`,
-    that each prediction is independent of the rest of the batch.
+    Before that it checks what makes predictions wrong without a word: that weights and statistics are finite, that
+    every layer is in evaluation mode, that the statistics of every batch-norm layer that runs were estimated, and, with
+    `assert_batch_independent` on `example`, that each prediction is independent of the rest of the batch.
 
     The file is a zip archive of a `jax.export` module and its metadata. `flaxbn.load_inference` reads it; without
     flaxbn and Flax it is
@@ -90,8 +92,9 @@ def export_inference(
 
     Raises:
         ValueError: naming the layer, if one is in training mode or its statistics (those of one domain, say) are still
-            the initial ones; if predictions depend on the batch; if `moments` are not those of `variables`; if there
-            are fewer than two examples, or a platform is unknown.
+            the initial ones; naming the arrays, if weights or statistics are not finite; if predictions depend on the
+            batch; if `moments` are not those of `variables`; if there are fewer than two examples, or a platform is
+            unknown.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`, or arguments are traced.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
@@ -108,6 +111,7 @@ def export_inference(
             f"{count_samples(example)}."
         )
     variables, example = jax.device_get(dict(variables)), jax.tree.map(jnp.asarray, example)
+    _check_finite(model, variables)
     check_evaluation(model, variables, example, call)
     counts = _counts(model, variables, moments)
     rows = rows_of(model, variables, example, call=call)
@@ -125,6 +129,22 @@ def _check_platforms(platforms: Sequence[str]) -> None:
         raise ValueError(
             f"`platforms` must be some of {', '.join(_PLATFORMS)}, in a tuple: got {platforms!r}. NVIDIA's GPUs are "
             '"cuda", those of AMD "rocm".'
+        )
+
+
+def _check_finite(model: Model, variables: Mapping[str, Any]) -> None:
+    """Weights and statistics must be numbers; other variables may be infinite, masks of attention for example."""
+    weights = model.parameters(variables) if is_opened_nnx(model) else variables.get("params", {})
+    trained = {"params": weights, "batch_stats": variables.get("batch_stats", {})}
+    leaves = jax.tree_util.tree_leaves_with_path(trained)
+    broken = [path for path, a in leaves if jnp.issubdtype(a.dtype, jnp.inexact) and not np.all(np.isfinite(a))]
+    if broken:
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path in broken[:_NAMED]]
+        names = [f"'{path.removesuffix('/value')}'" for path in paths]  # in which nnx boxes arrays
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        raise ValueError(
+            f"Weights and statistics must be finite: {', '.join(names)}{more} hold NaN or infinity, as a training that "
+            "diverged leaves them. Export an earlier checkpoint, or train with a smaller learning rate."
         )
 
 

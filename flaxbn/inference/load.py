@@ -11,6 +11,7 @@ import jax
 from jax import dtypes, export
 
 from flaxbn.inference.artifact import METADATA, MODULE, describe, read, require_flatbuffers
+from flaxbn.inference.envelope import check_envelope
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +59,11 @@ class Inference:
 
 
 def load_inference(path: str | os.PathLike[str]) -> Inference:
-    """Reads and validates an artifact of `flaxbn.export_inference`. Nothing in it is unpickled.
+    """Reads and validates an artifact of `flaxbn.export_inference`.
+
+    Nothing in it is unpickled or run, and whatever the file holds, its archive, its metadata and what surrounds its
+    program take no more memory than 100 MB and a few times its size. But it is a program: jax compiles what it says as
+    it stands, so load what comes from people whom you trust.
 
     Examples:
         >>> import pathlib, tempfile
@@ -74,8 +79,9 @@ def load_inference(path: str | os.PathLike[str]) -> Inference:
         path: the file.
 
     Raises:
-        ValueError: if the file is no such artifact, is damaged or cut off, is of a later format, cannot be read by this
-            version of jax, does not run on the platform that jax uses, or needs 64 bits where they are off.
+        ValueError: if the path is no file, or the file is no such artifact, is damaged or cut off, is of a later
+            format, cannot be read by this version of jax, does not run on the platform that jax uses, or needs 64 bits
+            where they are off.
         OSError: if the file cannot be read.
         ModuleNotFoundError: if flatbuffers is not installed.
     """
@@ -111,6 +117,7 @@ def _known_to_jax(metadata: dict[str, Any], path: str | os.PathLike[str]) -> Ite
 
 def _deserialized(module: bytes) -> export.Exported:
     """The module, of a calling convention that this jax knows: `deserialize` looks at it only when it is called."""
+    check_envelope(module)
     exported = export.deserialize(bytearray(module))
     oldest = export.minimum_supported_calling_convention_version
     newest = export.maximum_supported_calling_convention_version

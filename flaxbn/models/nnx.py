@@ -74,6 +74,10 @@ class NnxModel:
                 f"'{name}'. Its other random keys it holds itself: `nnx.reseed(model, ...)` gives it others."
             )
 
+    def parameters(self, variables: Mapping[str, Any]) -> Any:
+        """Of the variables those that are trained."""
+        return nnx.split_state(variables["state"], nnx.Param, ...)[0]
+
     def renormalizing(self, variables: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[Any, Any]]:
         """The layers that renormalize, by their paths, with the bounds `r_max` and `d_max` that they have for it."""
         model = self._merged(*(variables[name] for name in ("batch_stats", "state", "rngs")))

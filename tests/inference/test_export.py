@@ -144,6 +144,12 @@ class Counts(nn.Module):
         return nn.Dense(3)(x) * calls.value
 
 
+def test_the_precision_of_the_check_is_not_exported(tmp_path):
+    text = flaxbn.load_inference(export(tmp_path)).exported.mlir_module()
+    assert "dot_general" in text
+    assert "HIGHEST" not in text
+
+
 def test_a_model_without_batch_norm_layers_has_no_statistics(tmp_path):
     variables = Counts().init(jax.random.key(0), X)
     inference = flaxbn.load_inference(export(tmp_path, model=Counts(), variables=variables))
@@ -300,6 +306,34 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"those of 'norm' \(at \[1\]\) were never estimated.*every domain"):
             export(tmp_path, model=Images(), variables=variables, example=IMAGES)
 
+    @pytest.mark.parametrize(
+        ("changed", "names"),
+        [
+            ({"batch_stats": {"second": {"var": np.inf}}}, "'batch_stats/second/var' hold"),
+            ({"params": {"Dense_0": {"kernel": np.nan}}}, "'params/Dense_0/kernel' hold"),
+            (
+                {"batch_stats": {"first": {"mean": -np.inf}}, "params": {"Dense_0": {"bias": np.nan}}},
+                "'batch_stats/first/mean', 'params/Dense_0/bias' hold",
+            ),
+        ],
+    )
+    def test_what_is_not_finite(self, tmp_path, changed, names):
+        """A single value of an array, in any dtype."""
+        variables = jax.tree.map(np.array, VARIABLES)
+        for collection, layers in changed.items():
+            for layer, leaves in layers.items():
+                for name, value in leaves.items():
+                    leaf = variables[collection][layer][name].astype(jnp.bfloat16)
+                    leaf.flat[-1] = value
+                    variables[collection][layer][name] = leaf
+        with pytest.raises(ValueError, match=rf"must be finite: {names} NaN or infinity.*a smaller learning rate"):
+            export(tmp_path, variables=variables)
+
+    def test_of_many_arrays_that_are_not_finite_some_are_named(self, tmp_path):
+        layers = {f"layer{i}": {"kernel": np.full(2, np.nan, np.float32)} for i in range(10)}
+        with pytest.raises(ValueError, match="'params/layer7/kernel' and 2 more hold NaN"):
+            export(tmp_path, variables={**VARIABLES, "params": layers})
+
     def test_no_stored_statistics(self, tmp_path):
         with pytest.raises(ValueError, match="BatchNorm 'second' has no stored statistics"):
             export(tmp_path, variables={**VARIABLES, "batch_stats": {"first": VARIABLES["batch_stats"]["first"]}})
@@ -375,6 +409,18 @@ def test_estimated_statistics_of_0_and_1_are_told_by_their_moments(tmp_path):
         export(tmp_path, model=model, variables=variables, example=x)
     path = export(tmp_path, model=model, variables=variables, example=x, moments=moments)
     assert flaxbn.load_inference(path).metadata["statistics"] == {"": {"count": 6}}
+
+
+def test_other_variables_may_be_infinite(tmp_path):
+    """A mask that is added to logits, say."""
+    mask = np.float32([[0, -np.inf]])
+    variables = {"constants": {"mask": mask}, **nn.Dense(2).init(jax.random.key(0), X)}
+
+    def call(module, x):
+        return module(x) + module.variables["constants"]["mask"]
+
+    path = export(tmp_path, model=nn.Dense(2), variables=variables, call=call)
+    assert np.all(flaxbn.load_inference(path)(X)[:, 1] == -np.inf)
 
 
 def test_layers_that_do_not_run_need_no_statistics(tmp_path):

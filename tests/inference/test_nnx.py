@@ -43,3 +43,22 @@ def test_statistics_that_were_never_estimated_or_are_not_those_of_the_moments(tm
     moments = flaxbn.population_moments(*nnx.split(model), X, batch_size=30)
     with pytest.raises(ValueError, match=r"not in 'blocks/0/norm'.*`nnx.update\(model, flaxbn.to_batch_stats\(moments"):
         export(model, tmp_path / "model.zip", moments=moments)
+
+
+class Masked(nnx.Module):
+    """Adds to its logits what is no weight."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(X.shape[1], 2, rngs=nnx.Rngs(0))
+        self.mask = nnx.Variable(np.float32([[0, -np.inf]]))
+
+    def __call__(self, x):
+        return self.linear(x) + self.mask[...]
+
+
+def test_weights_must_be_finite_and_other_variables_need_not_be(tmp_path):
+    model = Masked()
+    export(model, tmp_path / "model.zip")
+    model.linear.kernel[...] = model.linear.kernel[...].at[0, 0].set(np.nan)
+    with pytest.raises(ValueError, match=r"must be finite: 'params/linear/kernel' hold NaN"):
+        export(model, tmp_path / "model.zip")

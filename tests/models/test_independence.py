@@ -326,3 +326,20 @@ def test_single_examples_of_different_sizes_are_not_joined():
     variables = model.init(jax.random.key(0), batches[0])
     found = flaxbn.estimate_population_stats(model, variables, batches, method="exact")
     np.testing.assert_allclose(found["mean"], (16 + 25 + 36) / 15, rtol=1e-6)
+
+
+def test_products_are_computed_at_the_highest_precision():
+    """Of the whole batch and of its parts: in TF32 rounding would look like mixing."""
+    model, x = MLP(), np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    variables, precisions = jax.jit(model.init)(jax.random.key(0), x), []
+
+    def call(module, x):
+        (product,) = [eqn for eqn in jax.make_jaxpr(lambda x: x @ x.mT)(x).eqns if eqn.primitive.name == "dot_general"]
+        precisions.append(product.params["precision"])
+        return module(x)
+
+    flaxbn.assert_batch_independent(model, variables, x, call=call)
+    highest = jax.lax.Precision.HIGHEST
+    assert len(precisions) >= 3
+    assert set(precisions) == {(highest, highest)}
+    assert jax.config.jax_default_matmul_precision is None

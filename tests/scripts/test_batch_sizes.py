@@ -12,7 +12,7 @@ from rich.console import Console
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-batch_sizes = importlib.import_module("batch_sizes")
+batch_size_results, batch_sizes = map(importlib.import_module, ("batch_size_results", "batch_sizes"))
 
 SIZES = ["2", "all"]
 
@@ -30,7 +30,7 @@ def test_every_number_is_finite(out):
     for tree in (methods, methods["seed_spread"]):
         outcomes = [tree["reference"], *(tree[method][size] for method in batch_sizes.METHODS for size in SIZES)]
         for outcome in outcomes:
-            assert outcome.keys() == batch_sizes.MEASURES.keys()
+            assert outcome.keys() == batch_size_results.MEASURES.keys()
             assert all(map(math.isfinite, outcome.values()))
 
 
@@ -47,7 +47,7 @@ def test_only_exact_does_not_depend_on_the_batch_size(out):
 def test_table_and_figure(out):
     head, _, *rows = (out / "table.md").read_text().splitlines()
     assert head.split(" | ")[1:] == ["statistics", "2", "all |"]
-    assert len(rows) == len(batch_sizes.MEASURES) * len(batch_sizes.METHODS)
+    assert len(rows) == len(batch_size_results.MEASURES) * len(batch_sizes.METHODS)
     assert (out / "batch_sizes.png").read_bytes().startswith(b"\x89PNG")
 
 

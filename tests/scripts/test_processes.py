@@ -27,7 +27,7 @@ def model(out, name):
 
 @pytest.mark.processes
 class TestTrainMnist:
-    OPTIONS = ("--epochs", 1, "--modes", "running", "population")
+    OPTIONS = ("--epochs", 1, "--seeds", 1, "--modes", "running", "population")
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -1,17 +1,22 @@
 """The training script end to end, in processes of its own, and what its data loader accepts and refuses."""
 
 import dataclasses
+import functools
 import gzip
 import importlib
 import importlib.util
+import io
 import json
 import math
+import os
 import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,7 +27,10 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, results, train_mnist, training = map(importlib.import_module, ("data", "results", "train_mnist", "training"))
+data, divergence, independence, journal, mode_results, results, train_mnist, training = map(
+    importlib.import_module,
+    ("data", "divergence", "independence", "journal", "mode_results", "results", "train_mnist", "training"),
+)
 
 MODES = ["none", "running", "unestimated", "population"]
 
@@ -63,6 +71,10 @@ class TestRun:
         assert output.startswith("Config(")
         assert "batch size 63 -> 64, a multiple of the 2 devices" in output
         assert output.index("worst") > output.index("population  seed 1 epoch   2")
+
+    def test_the_last_line_says_where_the_results_are(self, run):
+        out, output = run
+        assert f"Results are in {out}: accuracy.png, summary.json, metrics.jsonl, checkpoints.\n" in output
 
     def test_summary(self, run):
         out, _ = run
@@ -125,13 +137,143 @@ class TestRun:
         assert len(begin(run[0], config)) == 16
 
 
+@pytest.mark.processes
+def test_a_training_that_diverges_is_told_and_marked_and_not_exported(tmp_path):
+    options = ("--learning-rate", 1e30, "--epochs", 1, "--seeds", 1, "--modes", "none")
+    code, output = train(tmp_path / "run", *options)
+    assert code == 3, output
+    assert "none, seed 0: diverged in epoch 1, where the loss or the weights were no finite numbers" in output
+    assert "none diverged: seed 0 in epoch 1" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["modes"] == {"none": {"diverged": {"0": 1}}}
+    assert (tmp_path / "run" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints" / "none" / "seed0").iterdir()} == {"state"}
+
+
+def test_after_a_training_that_diverges_the_others_go_on(tmp_path):
+    runs = [training.Repetition("mode", name, 0, tmp_path, 8) for name in ("none", "running", "population")]
+
+    def diverging(run):
+        if run.name == "running":
+            raise divergence.DivergenceError(run.name, run.seed, 7)
+        return run.name
+
+    with journal.keep_journal(tmp_path, [], Console(quiet=True), total=1) as kept:
+        found = list(divergence.trained(runs, diverging, kept))
+    assert found == [(runs[0], "none"), (runs[2], "population")]
+    assert kept.diverged == [{"mode": "running", "seed": 0, "epoch": 7}]
+
+
+@pytest.mark.parametrize(("steps", "looked_at"), [(250, 100), (90, 90)])
+def test_divergence_is_seen_within_a_hundred_steps(tmp_path, steps, looked_at):
+    """In a long epoch, and at the end of a short one."""
+    taken = []
+
+    def step(state, split, index, domain):
+        taken.append(index)
+        return state, np.int32(1), np.float32(np.nan if len(taken) > 5 else 1)
+
+    state = training.State({"w": np.zeros(2, np.float32)}, {}, ())
+    run = training.Repetition("mode", "none", 3, tmp_path, 8)
+    options = {"epochs": 2, "num_steps": steps, "batches": lambda epoch: [(np.arange(2), None)] * steps}
+    with journal.keep_journal(tmp_path, [], Console(quiet=True), total=1) as kept:
+        fit = functools.partial(training.fit, state, None, run, kept, step=step, validate=None, **options)
+        with pytest.raises(divergence.DivergenceError, match="none, seed 3: diverged in epoch 1, where"):
+            fit()
+    assert len(taken) == looked_at
+    assert kept.lines == []
+
+
+def test_seeds_that_diverged_count_for_no_mean():
+    lines = [
+        {"mode": "none", "seed": seed, "train_accuracy": a, "validation_accuracy": a, "seconds": 1}
+        for seed, a in ((0, 0.5), (0, 0.7), (1, 0.1))
+    ]
+    tests = [{"mode": "none", "test_accuracy": 0.6, "batch_independence": {}, "exported": True, "seconds": 2}]
+    diverged = [{"mode": "none", "seed": 1, "epoch": 2}, {"mode": "running", "seed": 0, "epoch": 1}]
+    summary = mode_results.summarize(lines, tests, diverged)
+    assert summary["none"]["validation_accuracy"] == [0.5, 0.7]
+    assert (summary["none"]["seeds"], summary["none"]["diverged"]) == (1, {1: 2})
+    assert summary["running"] == {"diverged": {0: 1}}
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(mode_results.table(summary))
+    text = console.export_text()
+    assert "±" not in text
+    assert re.search(r"running +│ +diverged", text)
+    assert "none diverged: seed 1 in epoch 2" in text
+
+
+HOLD = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import results
+with results.held(pathlib.Path(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_one_run_at_a_time_in_a_folder_until_it_dies(tmp_path):
+    """Killed, it leaves a file behind, which locks nothing."""
+    command = [sys.executable, "-c", HOLD, str(SCRIPTS), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert other.stdout.readline() == "held\n"
+        for script in (train_mnist, *map(importlib.import_module, ("train_domains", "batch_sizes"))):
+            config = script.Config(out=tmp_path / "run", overwrite=True)
+            with pytest.raises(BlockingIOError, match=r"one run at a time: another process is at work in .*run\. Wait"):
+                script.main(config, Console(quiet=True))
+    finally:
+        other.kill()
+        other.communicate()
+    assert (tmp_path / "run" / ".lock").exists()
+    for _ in range(2):
+        with results.held(tmp_path / "run"):
+            pass
+
+
+def test_a_folder_that_holds_no_run_gets_no_lock(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(FileExistsError, match="holds something else"), results.held(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_the_bar_says_from_the_beginning_what_is_done(tmp_path):
+    screen = io.StringIO()
+    with journal.keep_journal(tmp_path, [], Console(file=screen, force_terminal=True), total=10):
+        pass
+    assert "compiling" in screen.getvalue()
+
+
+class Network:
+    """Keeps the programs that it is run by."""
+
+    def __init__(self):
+        self.programs = []
+
+    def apply(self, variables, images):
+        product = functools.partial(jax.numpy.matmul, variables)
+        self.programs.append(str(jax.make_jaxpr(product)(images)))
+        return product(images)
+
+
+def test_independence_is_compared_at_the_highest_precision():
+    network, images = Network(), np.ones((5, 3, 3), np.float32)
+    found = independence.compare(np.eye(3, dtype=np.float32)[None], images, model=network)
+    assert found == {"independent": True, "max_difference": 0, "tolerance": independence.TOLERANCE, "examples": 5}
+    assert len(network.programs) == 2
+    assert all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in text for text in network.programs)
+
+
 def begin(out, config):
     return dataclasses.replace(config, out=out).begin()
 
 
 @pytest.mark.processes
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
-    options = ("--epochs", 5, "--modes", "running", "population", "--norm", "renorm")
+    options = ("--epochs", 5, "--seeds", 1, "--modes", "running", "population", "--norm", "renorm")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = begin_training(whole, *options)
     process = begin_training(killed, *options)
@@ -214,8 +356,8 @@ def test_every_example_counts_once():
 
 
 def test_spread_is_the_root_mean_square_change():
-    assert results.epoch_to_epoch_spread([0.5, 0.9, 0.6]) == pytest.approx(math.sqrt((0.4**2 + 0.3**2) / 2))
-    assert results.epoch_to_epoch_spread([0.5]) is None
+    assert mode_results.epoch_to_epoch_spread([0.5, 0.9, 0.6]) == pytest.approx(math.sqrt((0.4**2 + 0.3**2) / 2))
+    assert mode_results.epoch_to_epoch_spread([0.5]) is None
 
 
 def test_a_file_is_replaced_only_when_complete(tmp_path):
@@ -369,7 +511,7 @@ def _hide(monkeypatch, hidden):
 def test_the_network_in_nnx_is_estimated_and_exported(tmp_path):
     """The same pages of results as with Linen; what they say of each mode is the same."""
     out = tmp_path / "run"
-    options = ("--api", "nnx", "--epochs", 2, "--modes", "population")
+    options = ("--api", "nnx", "--epochs", 2, "--seeds", 1, "--modes", "population")
     code, output = train(out, *options)
     assert code == 0, output
     modes = json.loads((out / "summary.json").read_text())["modes"]
