@@ -288,7 +288,7 @@ lab.say(
 #   open, what differs between batches passes on, and d shows it.
 # - A batch of 64 in groups of 32 or 16 loses a few tenths of a point, and more below: the noise of small groups is no
 #   help to this network, and 64 examples in a step do not make up for it. Whether the statistics are those of such
-#   groups or exact makes no difference.
+#   groups or exact makes no difference beyond that of the seeds.
 # - Before the test, `estimate_population_stats` serves as for batch normalization, and takes `BatchRenorm` for what it
 #   is in evaluation: `BatchNorm`.
 #
