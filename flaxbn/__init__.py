@@ -103,7 +103,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"flaxbn.{name}")
     if name in _ROOMS:
         return _publish(name, getattr(importlib.import_module(f"flaxbn.{_ROOMS[name]}"), name))
-    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}")
+    more = ", ".join(f"`flaxbn.{module}`" for module in _MODULES)
+    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}; what is not here may be in {more}.")
 
 
 def __dir__() -> list[str]:
