@@ -84,8 +84,8 @@ def proposal(cls: type, batch: Any, module: str) -> str | None:
     codes = [part.code for part in parts_of(batch)]
     inputs = [p for p in parameters[1:] if p.name not in _EVALUATION and _is_required(p)]
     if inputs and isinstance(batch, tuple | list) and len(codes) > len(inputs):
+        first: str | None = codes[0]
         values = dict(zip([p.name for p in inputs], codes[1:]))
-        first = codes[0]
     else:
         values = {p.name: _part(p.name, codes) or _begins_alike(p.name, codes) or "..." for p in inputs}
         named = _part(parameters[0].name, codes) if parameters else None
