@@ -404,6 +404,21 @@ def test_what_users_raise_is_theirs(function, error):
     assert any('The batch is\n  batch["image"]: float32' in note for note in raised.value.__notes__)
 
 
+def test_one_image_taken_for_a_batch():
+    """Convolutions run on a single image without a word."""
+
+    class Images(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(nn.Conv(2, (1, 1))(x)).mean((-3, -2))
+
+    images = X.reshape(64, 2, 2, 1)
+    variables = jax.jit(Images().init)(KEY, images)
+    found = diagnostics.diagnose(Images(), variables, images, cross_entropy, call=lambda m, b: m(b[0]), batch_size=16)
+    assert [finding.trap for finding in found.findings] == ["training mode at inference"]
+    assert "no output has an axis of examples, so that `call` may have taken one example" in str(found)
+
+
 def test_names_that_are_in_a_module():
     with pytest.raises(AttributeError, match=r"no attribute 'diagnose'; .* may be in `flaxbn\.diagnostics`"):
         _ = flaxbn.diagnose

@@ -83,7 +83,7 @@ def proposal(cls: type, batch: Any, module: str) -> str | None:
     parameters = [] if runs is None else [*inspect.signature(runs).parameters.values()][1:]
     codes = [part.code for part in parts_of(batch)]
     inputs = [p for p in parameters[1:] if p.name not in _EVALUATION and _is_required(p)]
-    if inputs and isinstance(batch, tuple | list) and len(codes) > len(inputs):
+    if inputs and isinstance(batch, tuple | list) and not hasattr(batch, "_fields") and len(codes) > len(inputs):
         first: str | None = codes[0]
         values = dict(zip([p.name for p in inputs], codes[1:]))
     else:
