@@ -237,6 +237,7 @@ def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_
             raise ValueError(
                 f"`moments` must be a tree of Moments with the layers and shapes of `batch_stats`: got {received} at "
                 f"'{layer_name(path)}', where `batch_stats` holds {place}."
+                + ("" if is_moments(value) else " The moments come first: `to_batch_stats(moments, batch_stats)`.")
             )
         if np.iscomplexobj(value.mean) and not np.iscomplexobj(old):
             raise TypeError(
