@@ -109,8 +109,8 @@ def progress_bar(description: str = "batches") -> ProgressBar:
         >>> def progress(done, total):  # or progress=flaxbn.progress_bar()
         ...     seen.append((done, total))
         >>> stats = flaxbn.estimate_population_stats(model, variables, images, batch_size=2, progress=progress)
-        >>> seen[0], seen[-1]
-        ((0, 3), (3, 3))
+        >>> seen[0], seen[1], seen[-1]
+        ((0, None), (0, 3), (3, 3))
     """
     return ProgressBar(description)
 
