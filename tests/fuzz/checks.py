@@ -122,7 +122,8 @@ class Estimate(Check):
         return twice
 
     def refused(self, case):
-        unknown = case.has_merged and not self.by_device and (self.sharded or case.data.weights is not None)
+        pads = self.sharded and any(size % jax.device_count() for size in case.data.batches)
+        unknown = case.has_merged and not self.by_device and (pads or case.data.weights is not None)
         return "the batch axis of each layer's input must be known" if unknown else None
 
 
