@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test mutation flax-suite readme docs notebooks lint bench clean
+.PHONY: train domains test mutation flax-suite readme docs notebooks lint bench dist clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ $(INSTALLED)-notebooks: $(INSTALLED)
 
 $(INSTALLED)-docs: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
+$(INSTALLED)-dist: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[dist]'
 	touch $@
 
 train: $(INSTALLED)
@@ -81,6 +85,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/first_calls.py
 	$(BIN)/python benchmarks/imports.py
+
+dist: $(INSTALLED)-dist
+	$(BIN)/python tests/dist.py $(ARGS)
 
 clean:
 	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site
