@@ -27,6 +27,10 @@ DIST = ROOT / "dist"
 SUPPORTED = ("3.11", "3.12", "3.13")
 NEWER = tuple(f"3.{minor}" for minor in range(14, 20))
 """Tried where they are at hand."""
+SOURCES = (
+    *("flaxbn", "tests", "scripts", "docs", "hatch_build.py", "pyproject.toml", "constraints.txt"),
+    *("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md"),
+)
 QUICK = ("tests/arithmetic", "tests/layers")
 BLOCK = re.compile(r"^```python ?(?P<words>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -102,8 +106,7 @@ def check_sdist(sdist: pathlib.Path) -> None:
     """The sdist holds what it is built from, and what its tests read."""
     with tarfile.open(sdist) as archive:
         names = [name.removeprefix(f"{top_folder(sdist)}/") for name in archive.getnames()]
-    files = ("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "constraints.txt", "pyproject.toml")
-    check_names(sdist.name, names, {*tracked("flaxbn", "tests", "scripts", "docs", *files), "PKG-INFO", ".gitignore"})
+    check_names(sdist.name, names, [*tracked(*SOURCES), ".gitignore", "PKG-INFO"])
 
 
 def tracked(*paths: str) -> list[str]:

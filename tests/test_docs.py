@@ -5,6 +5,7 @@ import functools
 import io
 import operator
 import re
+import runpy
 import tokenize
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def exists(name):
 def sections(page):
     """The text under each heading that holds a formula."""
     parts = re.split(r"^##+ (.*)$", PAGES[page], flags=re.MULTILINE)[1:]
-    return {title: text for title, text in zip(parts[::2], parts[1::2]) if "```text" in text}
+    return {title: text for title, text in zip(parts[::2], parts[1::2]) if "```math" in text}
 
 
 def test_named_tests_exist():
@@ -58,6 +59,28 @@ def test_each_formula_names_its_function_and_its_test():
     found = sections("mathematics.md")
     assert len(found) > 12
     assert {title for title, text in found.items() if not (REFERENCES.search(text) and TESTS.search(text))} == set()
+
+
+def test_the_code_of_the_readme_runs_on_the_first_page():
+    """The examples of the pages are run as tests; the README shows a part of them."""
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^```python notest\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    assert [len(code.splitlines()) for code in shown] == [6, 6]
+    assert [code in PAGES["index.md"] for code in shown] == [True, True]
+    assert len(readme.split()) <= 900
+
+
+def test_figures_are_those_of_the_notebooks():
+    """`python docs/figures.py` puts them there."""
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for notebook, file in figures["FIGURES"].items():
+        drawn = figures["figure_of"](ROOT / "notebooks" / f"{notebook}.ipynb")
+        assert drawn == (ROOT / "docs" / file).read_bytes()
+
+
+def test_alternative_texts_say_what_is_seen():
+    texts = [alt for page in PAGES.values() for alt in re.findall(r"!\[([^\]]*)\]\(", page)]
+    assert [alt for alt in texts if len(alt.split()) < 12] == []
 
 
 def test_everything_public_is_in_the_reference():

@@ -9,6 +9,7 @@ from flaxbn.diagnostics.diagnosis import Diagnosis as Diagnosis
 from flaxbn.diagnostics.diagnosis import diagnose as diagnose
 from flaxbn.diagnostics.drift import Channels as Channels
 from flaxbn.diagnostics.drift import Drift as Drift
+from flaxbn.diagnostics.drift import Drifts as Drifts
 from flaxbn.diagnostics.drift import compare as compare
 from flaxbn.diagnostics.findings import Finding as Finding
 from flaxbn.diagnostics.loss_gap import Gap as Gap

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from flaxbn.diagnostics.drift import SIGNIFICANT
 from flaxbn.diagnostics.evidence import Evidence
-from flaxbn.diagnostics.findings import HARMLESS_SHARE, Finding, Trap
+from flaxbn.diagnostics.findings import HARMLESS_SHARE, Finding, Trap, percent
 from flaxbn.diagnostics.noise import BatchNoise
 
 NOISE_SHARE = 0.1
@@ -24,6 +24,7 @@ ALIKE = Trap(
     "non-i.i.d. batches",
     "Shuffle the examples before they are cut into batches. Where training cannot, use `flaxbn.BatchRenorm`; or, if "
     "each batch is of one domain, give `domain`, and keep statistics for each.",
+    "rows = np.random.default_rng(epoch).permutation(num_examples)  # in each epoch, before batches are cut",
 )
 
 
@@ -34,7 +35,10 @@ def alike_batches(evidence: Evidence) -> list[Finding]:
         return []
     given, anew = max(alike, key=_added)
     worth = max(1.0, given.batch_size * anew.typical_share / given.typical_share)
-    text = f"{_both(given, anew)}: the examples of a batch are alike, and worth {worth:.2g} independent ones."
+    text = (
+        f"{_both(given, anew)} The {given.batch_size} examples of a batch are alike: they are worth {worth:.2g} "
+        "independent ones."
+    )
     return [ALIKE.finding(given.layer, given.typical_share, _limit(given, anew), text)]
 
 
@@ -42,6 +46,8 @@ TOO_SMALL = Trap(
     "batches too small",
     "Normalize by more: larger batches, `axis_name` over devices, or `flaxbn.BatchRenorm`; estimate with "
     '`method="exact"`, which does not depend on the batch size.',
+    "flaxbn.BatchRenorm(use_running_average=not train, r_max=optax.linear_schedule(1, 3, 1000, 500), "
+    "d_max=optax.linear_schedule(0, 5, 1000, 500))",
 )
 
 
@@ -59,8 +65,9 @@ def _small(pairs: Sequence[Pair]) -> list[Finding]:
         return []
     needed = math.ceil(worst.batch_size * worst.typical_share / NOISE_SHARE)
     text = (
-        f"{worst.typical_share:.0%} of the variance of what half of its channels put out, or more, is noise of its "
-        f"batches of {worst.batch_size}, drawn independently; {needed} samples bring that to a tenth."
+        f"{worst.typical_share:.0%} of what this layer puts out is noise of its batches of {worst.batch_size} (of the "
+        f"variance, in the median channel), although they are drawn independently. Batches of {needed} bring that to a "
+        "tenth."
     )
     return [TOO_SMALL.finding(worst.layer, worst.typical_share, NOISE_SHARE, text)]
 
@@ -72,7 +79,7 @@ def _undecided(pairs: Sequence[Pair]) -> list[Finding]:
         return []
     given, anew = max(loud, key=_added)
     text = (
-        f"{_both(given, anew)}: with {given.batches} batches that cannot be told from chance. Give more batches to see "
+        f"{_both(given, anew)} With {given.batches} batches that cannot be told from chance. Give more batches to see "
         "whether they are too small, or their examples alike."
     )
     return [TOO_SMALL.finding(given.layer, given.typical_share, NOISE_SHARE, text)]
@@ -104,17 +111,12 @@ def _added(pair: Pair) -> float:
 
 
 def _both(given: BatchNoise, shuffled: BatchNoise) -> str:
-    """Both noises in words, as the beginning of a sentence."""
-    shares = _percent(given.typical_share), _percent(shuffled.typical_share)
+    """Both noises in a sentence."""
     return (
-        f"{shares[0]} of the variance of what half of its channels put out, or more, is noise of its batches of "
-        f"{given.batch_size}, and {shares[1]} where the same examples are shuffled"
+        f"{percent(given.typical_share)} of what this layer puts out is noise of its batches of {given.batch_size} (of "
+        f"the variance, in the median channel), and {percent(shuffled.typical_share)} where the same examples are "
+        "shuffled."
     )
-
-
-def _percent(share: float) -> str:
-    """With two digits where it is small, so that a share of a thousandth is not said to be 0 %."""
-    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _limit(given: BatchNoise, shuffled: BatchNoise) -> float:

@@ -6,21 +6,24 @@ composition of batches. It takes the evidence, gives findings, and measures noth
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from jaxtyping import Array
 
 from flaxbn.data.progress import Progress, counting
+from flaxbn.data.tables import as_html
 from flaxbn.diagnostics.batch_composition import alike_batches, small_batches
-from flaxbn.diagnostics.drift import Drift
+from flaxbn.diagnostics.drift import Drift, drift_table
 from flaxbn.diagnostics.evidence import NoiseByDomain, Subject, gather
-from flaxbn.diagnostics.findings import Finding
+from flaxbn.diagnostics.findings import Finding, to_be_pasted
 from flaxbn.diagnostics.loss_gap import Gap
+from flaxbn.diagnostics.noise import BatchNoise, by_layer
 from flaxbn.diagnostics.preconditions import PRECONDITIONS, not_finite_loss
 from flaxbn.diagnostics.renormalization import not_begun, out_of_bounds
 from flaxbn.diagnostics.stored_statistics import lagging_average, mixed_domains, never_estimated
 from flaxbn.estimation.request import check_stored
-from flaxbn.models.arguments import Model, open_model, takes_model
+from flaxbn.models.arguments import Model, is_opened_nnx, open_model, takes_model
 from flaxbn.models.linen import Call
 from flaxbn.models.unseen import one_warning
 
@@ -37,9 +40,12 @@ RULES = (
 """`Evidence -> findings`, in the order in which they are reported: what hides other traps comes first."""
 
 
+_NOTHING = "Nothing is wrong with batch normalization."
+
+
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; printed, it is the findings in words.
+    """What `diagnose` found; printed, it is the findings in words; in a notebook a table of all layers comes with them.
 
     Examples:
         >>> from flaxbn import diagnostics
@@ -61,14 +67,28 @@ class Diagnosis:
     shuffled: NoiseByDomain | None = None
 
     def __str__(self) -> str:
-        lines = [str(finding) for finding in self.findings] or ["Nothing is wrong with batch normalization."]
-        if self.gap is not None:
-            whole = self.gap[None]
-            lines.append(
-                f"Stored statistics instead of the batch's add {whole.normalization:+.4f} (standard error "
-                f"{whole.error:.4f}) to a training loss of {whole.batch:.4f}."
-            )
-        return "\n".join(lines)
+        return "\n".join([*(map(str, self.findings) if self.findings else [_NOTHING]), *self._loss])
+
+    def _repr_html_(self) -> str:
+        findings = [finding._repr_html_() for finding in self.findings] or [f"<p>{_NOTHING}</p>"]
+        table = [as_html(*drift_table(self.drift, noise_by_layer(self)))] if self.drift else []
+        return "".join([*findings, *(f"<p>{escape(line)}</p>" for line in self._loss), *table])
+
+    @property
+    def _loss(self) -> list[str]:
+        """A sentence on the loss, if it was looked at."""
+        if self.gap is None:
+            return []
+        whole = self.gap[None]
+        return [
+            f"Stored statistics instead of the batch's add {whole.normalization:+.4f} (standard error "
+            f"{whole.error:.4f}) to a training loss of {whole.batch:.4f}."
+        ]
+
+
+def noise_by_layer(found: Diagnosis) -> dict[str, BatchNoise]:
+    """The noise of a batch in each layer, the largest of all domains."""
+    return by_layer(record for group in (found.noise or {}).values() for record in group)
 
 
 @takes_model
@@ -166,8 +186,9 @@ noise of the batch that its bounds clip, of the examples shuffled |
         subject = Subject.of(model, variables, batches, **options, counter=counter)
         subject.note_unseen()
         meaningless = next((found for rule in PRECONDITIONS if (found := rule(subject))), None)
+        words: dict[str, Any] = {"is_nnx": is_opened_nnx(model), "has_call": call is not None, "batch_size": batch_size}
         if meaningless:
-            return Diagnosis(tuple(meaningless))
+            return Diagnosis(tuple(to_be_pasted(finding, **words) for finding in meaningless))
         evidence = gather(subject, loss_fn, domain, epsilon)
-    findings = tuple(finding for rule in RULES for finding in rule(evidence))
+    findings = tuple(to_be_pasted(finding, **words) for rule in RULES for finding in rule(evidence))
     return Diagnosis(findings, evidence.drift, evidence.noise, evidence.losses, evidence.shuffled)

@@ -1,7 +1,7 @@
 """How far stored statistics lie from those of the data, layer by layer, beside the error of the estimate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge
+from flaxbn.data.tables import as_html, as_text
+from flaxbn.diagnostics.noise import BatchNoise
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import by_path, named_leaves
 from flaxbn.models.places import places_of
@@ -106,9 +108,62 @@ class Drift:
         return mean + (self.rms_log_ratio**2 / 4 if self.var_is_significant else 0.0)
 
 
-def compare(
-    batch_stats: Any, population: Any, *, rows: RowsByLayer | None = None, epsilon: float = 1e-5
-) -> tuple[Drift, ...]:
+class Drifts(tuple[Drift, ...]):
+    """The records of `compare`, a tuple, which `print` and notebooks show as a table.
+
+    The columns are those of `table`, in standard deviations and in the logarithm of the variance: the root mean square
+    over the channels with the standard error of the estimate, marked by `*` where it is more than three of these, and
+    the worst channel.
+
+    Examples:
+        >>> from flaxbn import diagnostics
+        >>> same = diagnostics.Channels(0.3, 0.3, 0.3)
+        >>> drift = diagnostics.Drift(
+        ...     "norm", channels=8, dead=0, count=1e4, shift=same, log_ratio=same,
+        ...     rms_shift=0.3, rms_log_ratio=0.3, shift_error=0.01, log_ratio_error=0.2,
+        ... )
+        >>> print(diagnostics.Drifts([drift]))
+        layer  dead       mean  worst  log var  worst
+        norm    0/8  0.3±0.01*    0.3  0.3±0.2    0.3
+    """
+
+    def __str__(self) -> str:
+        return as_text(*drift_table(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(*drift_table(self))
+
+
+def drift_table(
+    records: Sequence[Drift], noise: Mapping[str, BatchNoise] | None = None
+) -> tuple[list[list[str]], list[bool]]:
+    """The rows of a table of records, with its head, and which columns are set to the left.
+
+    Args:
+        records: of `compare`.
+        noise: that of a batch, by layer; there are columns for it then, with a dash where it is not known.
+
+    Returns:
+        The head, then a row of cells for each record; and of each column, whether it is set to the left.
+    """
+    sides = [["mean", "worst"], ["log var", "worst"]]
+    head = ["layer", "dead"] + [name for side in sides for name in side + ["batch"] * (noise is not None)]
+    table = [head]
+    for record in records:
+        cells = [record.layer, f"{record.dead}/{record.channels}"]
+        pairs = (
+            ("mean", record.mean_is_significant, record.rms_shift, record.shift_error, record.shift.worst),
+            ("var", record.var_is_significant, record.rms_log_ratio, record.log_ratio_error, record.log_ratio.worst),
+        )
+        for side, marked, rms, error, worst in pairs:
+            cells += [f"{rms:.2g}\u00b1{error:.1g}{'*' * marked}", f"{worst:.2g}"]
+            if noise is not None:
+                cells.append(f"{getattr(noise[record.layer], side):.2g}" if record.layer in noise else "-")
+        table.append(cells)
+    return table, [column == 0 for column in range(len(head))]
+
+
+def compare(batch_stats: Any, population: Any, *, rows: RowsByLayer | None = None, epsilon: float = 1e-5) -> Drifts:
     """Stored statistics against those of data, a record for each layer.
 
     Examples:
@@ -116,8 +171,12 @@ def compare(
         >>> from flaxbn import diagnostics
         >>> stored = {"norm": {"mean": np.zeros(2), "var": np.ones(2)}}
         >>> moments = {"norm": flaxbn.Moments(count=np.full(2, 100.0), mean=np.full(2, 0.5), var=np.ones(2))}
-        >>> [(drift.layer, round(drift.rms_shift, 2)) for drift in diagnostics.compare(stored, moments)]
+        >>> drifts = diagnostics.compare(stored, moments)
+        >>> [(drift.layer, round(drift.rms_shift, 2)) for drift in drifts]
         [('norm', 0.5)]
+        >>> print(drifts)
+        layer  dead      mean  worst  log var  worst
+        norm    0/2  0.5±0.1*    0.5    0±0.1      0
 
     Args:
         batch_stats: the statistics that are stored, running averages say.
@@ -136,7 +195,7 @@ def compare(
 
     Returns:
         A record for each layer of `population`, in its order; for layers with several rows of statistics (domains,
-        layers in a scan) one for each row that saw data.
+        layers in a scan) one for each row that saw data. `print` and notebooks show them as a table.
 
     Raises:
         ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or, without `rows`, a
@@ -161,7 +220,7 @@ def compare(
         for row in seen_rows(rows, path, moments.count):
             mean, var, whole, *row_parts = row.of(everything)
             records.append(_drift(row.name, mean, var, whole, row_parts, epsilon))
-    return tuple(records)
+    return Drifts(records)
 
 
 def _drift(

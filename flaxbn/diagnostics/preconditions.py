@@ -15,7 +15,7 @@ import numpy as np
 from flaxbn.data.batches import count_samples
 from flaxbn.data.samples import is_array
 from flaxbn.diagnostics.evidence import Evidence, Subject
-from flaxbn.diagnostics.findings import Finding, Trap
+from flaxbn.diagnostics.findings import ESTIMATE, Finding, Trap
 from flaxbn.estimation.layer_moments import NotFiniteError
 from flaxbn.layers.names import layer_name
 from flaxbn.models.batch_stats import named_leaves, stored_layers
@@ -24,6 +24,7 @@ from flaxbn.models.independence import BatchDependenceError, assert_batch_indepe
 NOT_FINITE = Trap(
     "not finite",
     "Find the batch that did it, and estimate the statistics anew: a running average never forgets it.",
+    ESTIMATE,
 )
 
 
@@ -84,6 +85,7 @@ TRAINING_MODE = Trap(
     "training mode at inference",
     "Evaluate with stored statistics (`use_running_average=True`, `train=False` in `call`; an nnx model is evaluated "
     "as after `model.eval()`, unless `call` says otherwise), and mend whatever else reduces over the batch.",
+    "call=lambda module, batch: module(batch, train=False)",
 )
 
 

@@ -10,6 +10,8 @@ NOT_BEGUN = Trap(
     "renormalization not begun",
     "Give `r_max` and `d_max` schedules that fit the length of the training: by default they are those of the paper, "
     "for runs of 40 000 updates and more.",
+    "flaxbn.BatchRenorm(use_running_average=not train, r_max=optax.linear_schedule(1, 3, 1000, 500), "
+    "d_max=optax.linear_schedule(0, 5, 1000, 500))",
 )
 
 
@@ -36,6 +38,7 @@ TOO_SMALL = Trap(
     "batches too small to renormalize",
     "Normalize by more: larger batches or `axis_name` over devices; or let `r_max` and `d_max` go further, to 3 and 5 "
     "in the paper.",
+    "flaxbn.BatchRenorm(use_running_average=not train, r_max=3.0, d_max=5.0)",
 )
 
 
@@ -48,7 +51,8 @@ def out_of_bounds(evidence: Evidence) -> list[Finding]:
         return []
     bounds = evidence.renormalized[worst.layer]
     text = (
-        f"with r_max {bounds.r_max:.3g} and d_max {bounds.d_max:.3g}, {worst.typical_share:.0%} of the variance of "
-        f"what half of its channels put out, or more, is noise of its batches of {worst.batch_size} that is clipped."
+        f"with r_max {bounds.r_max:.3g} and d_max {bounds.d_max:.3g}, {worst.typical_share:.0%} of what this layer "
+        f"puts out is noise of its batches of {worst.batch_size} that is clipped (of the variance, in the median "
+        "channel)."
     )
     return [TOO_SMALL.finding(worst.layer, worst.typical_share, NOISE_SHARE, text)]

@@ -9,9 +9,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from flaxbn.diagnostics.diagnosis import Diagnosis
-from flaxbn.diagnostics.drift import SIGNIFICANT, Drift
-from flaxbn.diagnostics.noise import BatchNoise, by_layer
+from flaxbn.diagnostics.diagnosis import Diagnosis, noise_by_layer
+from flaxbn.diagnostics.drift import SIGNIFICANT, Drift, drift_table
+from flaxbn.diagnostics.noise import BatchNoise
 
 DRIFT, BATCH = "#1f5fa8", "#c8501e"
 _LEAST = 1e-6
@@ -53,12 +53,12 @@ def table(found: Diagnosis | Sequence[Drift], *, file: TextIO | None = None) -> 
     rows = rich[1].Table(
         box=rich[2].SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, collapse_padding=True
     )
-    rows.add_column("layer", overflow="fold")
-    for column in ("dead", "mean", "worst", "batch", "log var", "worst", "batch"):
+    (head, *cells), _ = drift_table(records, noise)
+    rows.add_column(head[0], overflow="fold")
+    for column in head[1:]:
         rows.add_column(column, justify="right", no_wrap=True)
-    for record in records:
-        dead = f"{record.dead}/{record.channels}"
-        rows.add_row(record.layer, dead, *_numbers(record, noise.get(record.layer)))
+    for row in cells:
+        rows.add_row(*row)
     console.print(rows)
     if isinstance(found, Diagnosis):
         for line in str(found).splitlines():
@@ -106,6 +106,10 @@ def figure(found: Diagnosis | Sequence[Drift]) -> Any:
         if noise:
             panel.plot(batches, places, "|", color=BATCH, markersize=12, markeredgewidth=2, label="noise of a batch")
         panel.set(xscale="log", xlabel=label)
+        low, high = panel.get_xlim()
+        wider = max(1.0, (100 * low / high) ** 0.5)  # two decades at least, so that there are ticks to read
+        panel.set_xlim(low / wider, high * wider)
+        panel.xaxis.set_minor_formatter("")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(records)), [record.layer for record in records])
@@ -118,29 +122,7 @@ def _parts_of(found: Diagnosis | Sequence[Drift]) -> tuple[Sequence[Drift], Mapp
     """The records of drift, and the noise of each layer, which only a diagnosis knows."""
     if not isinstance(found, Diagnosis):
         return found, {}
-    return found.drift, by_layer(record for group in (found.noise or {}).values() for record in group)
-
-
-def _numbers(record: Drift, noise: BatchNoise | None) -> list[str]:
-    """The cells of one layer: distance with its error, worst channel and noise, of the mean and of the variance."""
-    sides = (
-        (record.mean_is_significant, record.rms_shift, record.shift_error, record.shift.worst, noise and noise.mean),
-        (
-            record.var_is_significant,
-            record.rms_log_ratio,
-            record.log_ratio_error,
-            record.log_ratio.worst,
-            noise and noise.var,
-        ),
-    )
-    columns = []
-    for marked, rms, error, worst, batch in sides:
-        columns += [
-            f"{rms:.2g}\u00b1{error:.1g}{'*' if marked else ' '}",
-            f"{worst:.2g}",
-            "-" if batch is None else f"{batch:.2g}",
-        ]
-    return columns
+    return found.drift, noise_by_layer(found)
 
 
 def _imported(name: str) -> Any:

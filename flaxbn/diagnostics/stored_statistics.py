@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from flaxbn.diagnostics.drift import Drift
 from flaxbn.diagnostics.evidence import Evidence
-from flaxbn.diagnostics.findings import HARMLESS_SHARE, Finding, Trap
+from flaxbn.diagnostics.findings import ESTIMATE, HARMLESS_SHARE, SIZE, Finding, Trap, percent
 from flaxbn.diagnostics.noise import BatchNoise, by_layer
 
 NEVER_ESTIMATED = Trap(
     "never estimated",
-    "Estimate the statistics before inference: `flaxbn.estimate_population_stats(model, variables, data, "
-    "batch_size=...)`, with `*nnx.split(model)` for `model, variables` of flax.nnx, and with the weights frozen.",
+    "Estimate the statistics before inference, with the weights frozen.",
+    ESTIMATE,
 )
 
 
@@ -35,6 +35,7 @@ MIXED_DOMAINS = Trap(
     "mixed domains",
     "Keep statistics for each domain: `flaxbn.domains.estimate` and `flaxbn.domains.select` for this model, "
     "`num_domains` in a new one.",
+    f'stats = flaxbn.domains.estimate(model, variables, {{"one": one, "other": other}}{SIZE})',
 )
 
 
@@ -46,7 +47,9 @@ def mixed_domains(evidence: Evidence) -> list[Finding]:
     found = [
         finding
         for label, drift in evidence.domain_drift.items()
-        for finding in _furthest(MIXED_DOMAINS, drift, by_layer(evidence.noise[label]), f", domain {label}")
+        for finding in _furthest(
+            MIXED_DOMAINS, drift, by_layer(evidence.noise[label]), "this domain alone", f", domain {label}"
+        )
     ]
     return sorted(found, key=lambda finding: -finding.number)[:1]
 
@@ -55,6 +58,7 @@ LAGGING_AVERAGE = Trap(
     "lagging average",
     "Before inference take the statistics of `flaxbn.estimate_population_stats`; while training, validate with "
     '`flaxbn.apply(..., statistics="batch")`.',
+    ESTIMATE,
 )
 
 
@@ -67,16 +71,19 @@ def lagging_average(evidence: Evidence) -> list[Finding]:
         return []
     estimated = [record for record in evidence.drift if record.layer not in evidence.never_estimated]
     largest = by_layer(record for records in evidence.noise.values() for record in records)
-    return _furthest(LAGGING_AVERAGE, estimated, largest)
+    return _furthest(LAGGING_AVERAGE, estimated, largest, "the data")
 
 
-def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], place: str = "") -> list[Finding]:
+def _furthest(
+    trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoise], whose: str, place: str = ""
+) -> list[Finding]:
     """The layer whose output its statistics change most, against what the noise of a batch does.
 
     Args:
         trap: what it is a finding of.
         records: how far its statistics are from a population.
         noise: that of a batch, by layer; of a layer without noise nothing is known.
+        whose: what that is the population of.
         place: what comes behind the layer's name.
 
     Returns:
@@ -92,8 +99,9 @@ def _furthest(trap: Trap, records: Sequence[Drift], noise: Mapping[str, BatchNoi
         return []
     worst = max(far, key=lambda record: record.share / limit(record))
     text = (
-        f"its statistics change the mean square of what it puts out by {worst.share:.1%}, the noise of a batch by "
-        f"{noise[worst.layer].share:.1%}; {len(far)} of {_all(known)} are far from the population."
+        f"changing to the statistics of {whose} would change what this layer puts out by {percent(worst.share)} (mean "
+        f"square, in units of its variance); noise of the batch explains {percent(noise[worst.layer].share)}. "
+        f"{len(far)} of {_all(known)} are far off."
     )
     return [trap.finding(worst.layer + place, worst.share, limit(worst), text)]
 

@@ -84,7 +84,7 @@ def test_few_sorted_batches_are_not_passed_over(batches):
     (finding,) = diagnose(MODEL, exact, x, lambda output, batch: output.sum(-1), batch_size=64).findings
     assert finding.trap == "batches too small"
     assert finding.number > 0.5
-    assert f"with {batches} batches that cannot be told from chance. Give more batches" in finding.evidence
+    assert f"With {batches} batches that cannot be told from chance. Give more batches" in finding.evidence
 
 
 def test_what_few_batches_leave_open():
@@ -97,7 +97,7 @@ def test_the_evidence():
     (finding,) = composition({None: [record(0.32)]}, {None: [record(0.02)]}, ())
     assert (finding.where, finding.number) == ("norm", 0.32)
     np.testing.assert_allclose(finding.threshold, 0.02 * np.exp(6 / np.sqrt(63)))
-    assert "32% of the variance" in finding.evidence
+    assert "32% of what this layer puts out is noise of its batches of 16" in finding.evidence
     assert "and 2% where the same examples are shuffled" in finding.evidence
     assert "worth 1 independent ones" in finding.evidence
 

@@ -83,7 +83,7 @@ def test_noise_that_the_bounds_clip(steps, bounds, clip):
     found = findings(steps, **bounds)["batches too small to renormalize"]
     np.testing.assert_allclose(found.number, left(*clip), rtol=1e-3)  # epsilon, and batches in float32
     assert found.number > found.threshold == 0.1
-    assert f"with r_max {clip[0]:.3g} and d_max {clip[1]:.3g}, {found.number:.0%} of the variance" in found.evidence
+    assert f"with r_max {clip[0]:.3g} and d_max {clip[1]:.3g}, {found.number:.0%} of what this layer" in found.evidence
 
 
 def test_bounds_that_clip_little():

@@ -2,11 +2,14 @@
 
 import builtins
 import io
+from html import escape
 
+import flax.linen as nn
 import jax
 import matplotlib
 import numpy as np
 import pytest
+from flax import nnx
 from models import MLP
 
 import flaxbn
@@ -75,6 +78,39 @@ def test_the_figure_shows_every_layer(found, tmp_path):
     figure.savefig(tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 1000
     assert len(diagnostics.figure(found.drift).axes[0].lines) == 1
+
+
+def test_notebooks_show_findings_and_all_layers(found):
+    html = found._repr_html_()
+    assert "<b>lagging average: BatchNorm_0</b>" in html
+    assert f"<pre>{escape(found.findings[0].code)}</pre>" in html
+    assert [cell in html for cell in ('<td style="text-align: left">BatchNorm_1</td>', ">batch</th>")] == [True, True]
+    assert "Nothing is wrong" in diagnostics.Diagnosis(findings=())._repr_html_()
+
+
+def test_records_are_a_tuple_that_prints_as_a_table(found):
+    assert isinstance(found.drift, tuple)
+    assert found.drift == (*found.drift,)
+    head, first, _ = str(found.drift).splitlines()
+    assert head.split() == ["layer", "dead", "mean", "worst", "log", "var", "worst"]
+    record = found.drift[0]
+    mean = f"{record.rms_shift:.2g}\u00b1{record.shift_error:.1g}*"
+    assert first.split()[:4] == ["BatchNorm_0", f"0/{record.channels}", mean, f"{record.shift.worst:.2g}"]
+    assert f'<td style="text-align: right">{mean}</td>' in found.drift._repr_html_()
+
+
+def test_the_line_of_code_is_in_the_words_of_the_user():
+    x = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    options = {"loss_fn": lambda output, batch: output.sum(-1), "batch_size": 32}
+    (finding,) = diagnostics.diagnose(*nnx.split(x), X, **options).findings
+    estimate = "flaxbn.estimate_population_stats(*nnx.split(model), data, batch_size=32)"
+    assert str(finding).splitlines()[2] == f"    nnx.update(model, {estimate})"
+    variables = {"batch_stats": {"mean": np.zeros(4), "var": np.ones(4)}, "params": {}}
+    norm = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    batches = [*X.reshape(8, 32, 4)]  # which have their size
+    (finding,) = diagnostics.diagnose(norm, variables, batches, options["loss_fn"], call=lambda m, b: m(b)).findings
+    estimate = "flaxbn.estimate_population_stats(model, variables, data, call=call)"
+    assert finding.code == f'variables["batch_stats"] = {estimate}'
 
 
 @pytest.mark.parametrize(("package", "report"), [("rich", diagnostics.table), ("matplotlib", diagnostics.figure)])

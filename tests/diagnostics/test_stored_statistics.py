@@ -52,7 +52,8 @@ def test_the_layer_that_exceeds_its_own_noise_most():
     (finding,) = lagging_average(evidence([drift("loud", 0.5), drift("quiet", 0.2)], batches=batches))
     assert (finding.where, finding.threshold) == ("quiet", 0.001)
     assert finding.number == pytest.approx(0.04)
-    assert "by 4.0%, the noise of a batch by 0.1%; 2 of 2 layers are far" in finding.evidence
+    assert "changing to the statistics of the data would change what this layer puts out by 4%" in finding.evidence
+    assert "noise of the batch explains 0.1%. 2 of 2 layers are far off." in finding.evidence
     assert "flaxbn.estimate_population_stats" in finding.cure
 
 

@@ -16,6 +16,7 @@ from flaxbn.data.batches import (
     open_batches,
 )
 from flaxbn.data.placement import free_bytes, own_mesh, shards
+from flaxbn.data.tables import as_html, as_text
 from flaxbn.estimation.exact.pieces import in_pieces
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.segments import Segments
@@ -48,7 +49,7 @@ class PlannedCall:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of exact statistics, which `print` shows as a table.
+    """The cost of exact statistics, which `print` and notebooks show as a table.
 
     Attributes:
         calls: the calls of the layers in the order of execution.
@@ -88,24 +89,29 @@ class Plan:
         return max((call.live_bytes for call in self.calls), default=0)
 
     def __str__(self) -> str:
+        return f"{self._title}\n{as_text(*self._table)}"
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._table, self._title)
+
+    @property
+    def _title(self) -> str:
         limit = "no memory limit" if self.memory_limit is None else f"memory limit {_size(self.memory_limit)}"
         samples = "" if self.samples is None else f"{self.samples} samples in "
-        title = (
+        return (
             f"exact statistics of {samples}{self.batches} batches: {len(self.calls)} calls, "
             f"{self.passes:.2f} forward passes, {_size(self.peak_bytes)} kept at most ({limit})"
         )
-        rows = [("", "layer", "call", "live values", "", "passes")]
+
+    @property
+    def _table(self) -> tuple[list[tuple[str, ...]], tuple[bool, ...]]:
+        """The rows, and which columns are set to the left."""
+        rows: list[tuple[str, ...]] = [("", "layer", "call", "live values", "", "passes")]
         rows += [
             (str(i), c.layer, str(c.call), _size(c.live_bytes), "kept" if c.kept else "recomputed", f"{total:.2f}")
             for i, (c, total) in enumerate(zip(self.calls, accumulate(c.passes for c in self.calls)), 1)
         ]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        left = (False, True, False, False, True, False)
-        lines = [
-            "  ".join(cell.ljust(w) if start else cell.rjust(w) for cell, w, start in zip(row, widths, left)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([title, *lines])
+        return rows, (False, True, False, False, True, False)
 
 
 def make_plan(

@@ -1,5 +1,7 @@
 """What exact statistics will cost, against bytes and operations counted by hand, and what is an error beforehand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import models
@@ -152,6 +154,14 @@ def test_the_plan_is_a_table():
     # Rows end in the same column, that of the passes.
     assert len({len(line) for line in lines[1:]}) == 1
     assert "no memory limit" in str(plan(batch_size=5))
+
+
+def test_notebooks_show_the_same_table():
+    shown = plan(batch_size=5, memory_limit=200)
+    html = shown._repr_html_()
+    assert html.startswith(f"<p>{str(shown).splitlines()[0]}</p><table>")
+    cells = [re.findall(">([^<>]*)</td>", row) for row in html.split("<tr>")[2:]]
+    assert [" ".join(row).split() for row in cells] == [line.split() for line in str(shown).splitlines()[2:]]
 
 
 def test_sizes_are_printed_in_their_unit():
