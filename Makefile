@@ -87,7 +87,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/imports.py
 
 dist: $(INSTALLED)-dist
-	$(BIN)/python tests/dist.py $(ARGS)
+	$(BIN)/python tests/make_dist.py $(ARGS)
 
 clean:
 	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site

@@ -32,7 +32,13 @@ SOURCES = (
     *("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md"),
 )
 QUICK = ("tests/arithmetic", "tests/layers")
-BLOCK = re.compile(r"^```python ?(?P<words>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = ("README.md", "docs/index.md")
+BESIDES = ("scikit-learn",)
+"""What programs of these pages import, and nothing brings: the data."""
+PART = re.compile(
+    r"^(?P<fence>```)python ?(?P<words>.*)\n(?P<code>(?:.*\n)*?)```$|^///(?: tab \| (?P<tab>.+))?$", re.MULTILINE
+)
+"""A block of code, or the begin or the end of a tab."""
 
 
 def main(arguments: list[str]) -> None:
@@ -159,19 +165,19 @@ def try_out(package: pathlib.Path, python: str, *, lowest: bool, tests: Iterable
         run(python, "-m", "venv", folder / "venv")
         constraints = lowest_versions(requirements(package)) if lowest else []
         (folder / "constraints.txt").write_text("\n".join(constraints), encoding="utf-8")
-        install(own, f"{package}[export]", folder / "constraints.txt")
+        install(own, [f"{package}[export]", *BESIDES], folder / "constraints.txt")
         run_programs(own, folder)
         if is_sdist(package):
-            install(own, f"{package}[test,report,scripts]", folder / "constraints.txt")
+            install(own, [f"{package}[test,report,scripts]"], folder / "constraints.txt")
             with tarfile.open(package) as archive:
                 archive.extractall(folder, filter="data")
             run(own, "tests/run.py", "-q", *tests, cwd=folder / top_folder(package))
 
 
-def install(python: pathlib.Path, what: str, constraints: pathlib.Path) -> None:
-    """Installs a package, and sees that all that is there goes together."""
+def install(python: pathlib.Path, packages: Iterable[str], constraints: pathlib.Path) -> None:
+    """Installs packages, and sees that all that is there goes together."""
     # The warnings that -qq leaves out are those of pip about itself.
-    run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--constraint", constraints, what)
+    run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--constraint", constraints, *packages)
     run(python, "-m", "pip", "--disable-pip-version-check", "check")
 
 
@@ -212,19 +218,27 @@ def lowest_versions(required: Iterable[str]) -> list[str]:
     return sorted({f"{r.name}=={s.version}" for r in parsed for s in r.specifier if s.operator == ">="})
 
 
-def programs(pages: Iterable[str] = ("README.md", "docs/index.md")) -> list[str]:
-    """The examples of these pages that run as they stand: a block of code with those that continue it."""
-    found: list[str] = []
-    for page in pages:
-        for block in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
-            words = block["words"].split()
-            if "continuation" in words:
-                found[-1] += block["code"]
-            elif "notest" not in words:
-                found.append(block["code"])
+def programs(pages: Iterable[str] = PAGES) -> list[str]:
+    """The examples of these pages that run as they stand: a block of code with those of its tab that continue it."""
+    found = [program for page in pages for program in programs_of((ROOT / page).read_text(encoding="utf-8"))]
     if not found:
         raise SystemExit(f"make dist: there must be an example to run in {' or '.join(pages)}: none is there.")
     return found
+
+
+def programs_of(text: str) -> list[str]:
+    """Those of one page."""
+    tab, found = "", []
+    for part in PART.finditer(text):
+        words = (part["words"] or "").split()
+        if not part["fence"]:
+            tab = part["tab"] or ""
+        elif "continuation" in words:
+            place = max(number for number, (name, _) in enumerate(found) if tab in (name, ""))
+            found[place] = (tab, found[place][1] + part["code"])
+        elif "notest" not in words:
+            found.append((tab, part["code"]))
+    return [code for _, code in found]
 
 
 if __name__ == "__main__":
