@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         for lowest in (True, False):
             for package in (wheel, sdist):
                 with step(f"Python {version}, {'lowest' if lowest else 'newest'} dependencies, {package.name}"):
-                    try_out(package, python, lowest=lowest, tests=["tests"] if options.all_tests else QUICK)
+                    try_out(package, python, lowest=lowest, all_tests=options.all_tests)
     print(f"\n{wheel.name} and {sdist.name} work on Python {', '.join(found)}.")
     if missing:
         print(f"Not tried, since no interpreter was found: Python {', '.join(missing)}.")
@@ -157,7 +157,7 @@ def version_of(python: str) -> str | None:
         return None
 
 
-def try_out(package: pathlib.Path, python: str, *, lowest: bool, tests: Iterable[str]) -> None:
+def try_out(package: pathlib.Path, python: str, *, lowest: bool, all_tests: bool) -> None:
     """Installs a package into a fresh environment, runs the README's programs there, and the tests of an sdist."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -168,7 +168,8 @@ def try_out(package: pathlib.Path, python: str, *, lowest: bool, tests: Iterable
         install(own, [f"{package}[export]", *BESIDES], folder / "constraints.txt")
         run_programs(own, folder)
         if is_sdist(package):
-            install(own, [f"{package}[test,report,scripts]"], folder / "constraints.txt")
+            extras, tests = ("test,report,scripts", ["tests"]) if all_tests else ("test", QUICK)
+            install(own, [f"{package}[{extras}]"], folder / "constraints.txt")
             with tarfile.open(package) as archive:
                 archive.extractall(folder, filter="data")
             run(own, "tests/run.py", "-q", *tests, cwd=folder / top_folder(package))
