@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test mutation flax-suite readme docs notebooks lint bench dist clean
+.PHONY: train domains test mutation fuzz flax-suite readme docs notebooks lint bench dist clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -52,6 +52,9 @@ test: $(INSTALLED)
 
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py $(ARGS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/random_models.py $(ARGS)
 
 flax-suite: $(INSTALLED)
 	$(BIN)/python tests/flax_suite/run.py
