@@ -28,7 +28,7 @@ SUPPORTED = ("3.11", "3.12", "3.13")
 NEWER = tuple(f"3.{minor}" for minor in range(14, 20))
 """Tried where they are at hand."""
 SOURCES = (
-    *("flaxbn", "tests", "scripts", "docs", "hatch_build.py", "pyproject.toml", "constraints.txt"),
+    *("flaxbn", "tests", "scripts", "docs", "notebooks", "hatch_build.py", "pyproject.toml", "constraints.txt"),
     *("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md"),
 )
 QUICK = ("tests/arithmetic", "tests/layers")
