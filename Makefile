@@ -15,9 +15,10 @@ VENV := .venv$(SUFFIX)
 BIN := $(VENV)/bin
 # The stamp names the version, so that a new python3 does not inherit the old one's environment.
 INSTALLED := $(VENV)/.installed-$(VERSION)
+CLIENTS_INSTALLED := $(VENV)-clients/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test mutation fuzz flax-suite readme docs notebooks lint bench dist clean
+.PHONY: train domains test mutation fuzz flax-suite clients readme docs notebooks lint bench dist clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +42,14 @@ $(INSTALLED)-dist: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[dist]'
 	touch $@
 
+# Of SBX the critics alone are run, which need nothing but Flax.
+$(CLIENTS_INSTALLED): pyproject.toml constraints.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[export]' --requirement tests/clients/requirements.txt
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sbx-rl==0.28.0
+	touch $@
+
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_mnist.py --out runs/digits --overwrite $(ARGS)
 
@@ -58,6 +67,9 @@ fuzz: $(INSTALLED)
 
 flax-suite: $(INSTALLED)
 	$(BIN)/python tests/flax_suite/run.py
+
+clients: $(CLIENTS_INSTALLED)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)-clients/bin/python tests/clients/run.py $(ARGS)
 
 readme: $(INSTALLED)
 	$(BIN)/python -m pytest --markdown-docs README.md docs

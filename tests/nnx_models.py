@@ -87,6 +87,27 @@ class Members(nnx.Module):
         return nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(self.blocks, x)
 
 
+class Lanes(nnx.Module):
+    """Two layers over the lanes of an axis, which lies behind the examples, and over which both synchronize."""
+
+    def __init__(self, rngs, norm=nnx.BatchNorm, *, own, **options):
+        def make(rngs):
+            return norm(D, axis_name="lanes", rngs=rngs, **options)
+
+        if own:  # each lane has stored statistics of its own
+            make = nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=(0,), out_axes=0))
+        self.first, self.second, self.axis = make(rngs), make(rngs), 0 if own else None
+
+    def __call__(self, x):
+        axes = (self.axis, self.axis, 1)
+
+        @nnx.vmap(in_axes=axes, out_axes=1, axis_name="lanes")
+        def run(first, second, x):
+            return second(nnx.tanh(first(x) * jnp.arange(1.0, 1 + D)[None]))
+
+        return run(self.first, self.second, x)
+
+
 class Within(nnx.Module):
     """One block inside a transformation, with a layer of ours."""
 

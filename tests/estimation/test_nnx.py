@@ -84,6 +84,50 @@ def test_members_have_statistics_of_their_own(method):
     assert_same_statistics(estimate(model, method=method)["blocks"]["norm"], along_axis(expected))
 
 
+def in_lanes(batches):
+    """The statistics of the two layers of `zoo.Lanes`, of each batch, and its outputs, in float64."""
+    layers, outputs = [[], []], []
+    for x in batches:
+        y = np.float64(x).reshape(-1, D)
+        layers[0].append(zoo.moments(y))
+        y = np.tanh(zoo.normalized(y, *layers[0][-1][1:]) * np.arange(1, 1 + D))
+        layers[1].append(zoo.moments(y))
+        outputs.append(zoo.normalized(y, *layers[1][-1][1:]).reshape(x.shape))
+    return merge_all(layers), outputs
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, flaxbn.nnx.BatchNorm])
+def test_lanes_of_a_vmap_over_which_layers_synchronize(norm, own):
+    """Each lane, with stored statistics of its own or shared ones, is normalized by those of all lanes."""
+    model, x = zoo.Lanes(nnx.Rngs(0), norm, own=own), X.reshape(30, 3, D) * np.float32([[[1], [2], [3]]])
+    output = flaxbn.apply(*nnx.split(model), x, statistics="batch")
+    np.testing.assert_allclose(output, in_lanes([x])[1][0], atol=2e-6)  # a few roundings of values of size 3
+    for method, batches in (("precise", strided(10, x)), ("exact", [x])):
+        found = estimate(model, x, batch_size=10, method=method)
+        for name, expected in zip(("first", "second"), in_lanes(batches)[0], strict=True):
+            if own:
+                expected = {key: np.broadcast_to(value, (3, D)) for key, value in expected.items()}
+            assert_same_statistics(found[name], expected)
+
+
+@either
+def test_samples_of_weight_0_take_no_part_in_lanes(method):
+    model, x = zoo.Lanes(nnx.Rngs(0), own=True), X.reshape(30, 3, D)
+    padded = np.concatenate([x, np.full((2, 3, D), np.nan, np.float32)])
+    weight = lambda x: jnp.isfinite(x).all((1, 2))  # noqa: E731
+    found = estimate(model, padded, batch_size=32, method=method, sample_weight=weight)
+    expected = {key: np.broadcast_to(value, (3, D)) for key, value in in_lanes([x])[0][1].items()}
+    assert_same_statistics(found["second"], expected)
+
+
+def test_groups_of_lanes_are_an_error():
+    model = zoo.Lanes(nnx.Rngs(0), own=True, axis_index_groups=((0, 1), (2,)))
+    message = r"BatchNorm 'first' synchronizes within groups of the axis 'lanes', which the model maps itself"
+    with pytest.raises(ValueError, match=message):
+        estimate(model, X.reshape(30, 3, D), batch_size=30)
+
+
 @either
 @pytest.mark.parametrize("how", ["carried", "broadcast"])
 def test_a_block_that_is_run_again_has_the_statistics_of_all_its_calls(how, method):

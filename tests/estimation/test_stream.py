@@ -51,7 +51,6 @@ def estimate(batches, **options):
     "sizes", [(64,), (64,) * 5, (64,) * 31, (64, 64, 70) * 8, (70, 64) * 4 + (80, 90, 100, 110, 120)]
 )
 @pytest.mark.parametrize("reads", [list, iter])
-@pytest.mark.filterwarnings("ignore:For one call of")  # as many shapes as that
 def test_the_statistics_are_those_of_one_batch_after_the_other(sizes, reads):
     """Groups that are full, that are not, and more shapes than may be open at once."""
     batches = cut(*sizes)
