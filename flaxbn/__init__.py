@@ -6,8 +6,9 @@ Layers that replace Flax's, statistics of the data before inference, and everyth
     logits = flaxbn.apply(model, variables, batch, statistics="batch")
     stats = flaxbn.estimate_population_stats(model, variables, images, batch_size=256)
 
-`flaxbn.domains` keeps statistics for each of several datasets, `flaxbn.diagnostics` tells which trap a model is in.
-What is named here and in these two is public, and stays where it is; the rooms behind it may be rearranged.
+`flaxbn.domains` keeps statistics for each of several datasets, `flaxbn.diagnostics` tells which trap a model is in,
+`flaxbn.nnx` has the layers for flax.nnx, and `flaxbn.torch` reads statistics from PyTorch. What is named here and in
+these modules is public, and stays where it is; the rooms behind it may be rearranged.
 """
 
 import importlib
@@ -103,7 +104,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"flaxbn.{name}")
     if name in _ROOMS:
         return _publish(name, getattr(importlib.import_module(f"flaxbn.{_ROOMS[name]}"), name))
-    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}")
+    more = ", ".join(f"`flaxbn.{module}`" for module in _MODULES)
+    raise AttributeError(f"module 'flaxbn' has no attribute {name!r}; what is not here may be in {more}.")
 
 
 def __dir__() -> list[str]:

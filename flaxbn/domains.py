@@ -43,9 +43,17 @@ def replicate(batch_stats: Any, names: Iterable[str]) -> dict[str, Any]:
         names: what the domains are called.
 
     Raises:
-        TypeError: if a name is not a string, since checkpoints turn other keys into strings.
+        TypeError: if a name is not a string, since checkpoints turn other keys into strings; or `batch_stats` are all
+            variables.
         ValueError: if a name occurs twice, or there is none.
     """
+    if isinstance(batch_stats, Mapping) and "batch_stats" in batch_stats:
+        raise TypeError(
+            f"`batch_stats` must be the collection itself: got variables of the collections {sorted(batch_stats)}. "
+            'Pass `variables["batch_stats"]`.'
+        )
+    if not isinstance(names, Iterable):
+        raise TypeError(f'`names` must be names of domains, `["one", "other"]`: got {type(names).__name__}.')
     names = [names] if isinstance(names, str) else list(names)
     _check_names(names)
     return {name: jax.tree.map(jnp.array, batch_stats) for name in names}
@@ -105,7 +113,15 @@ def estimate(
 
     Returns:
         For each name, a `batch_stats` tree.
+
+    Raises:
+        TypeError: if data are given without names, or a name is not a string.
     """
+    if not isinstance(batches_by_domain, Mapping):
+        raise TypeError(
+            f"`batches_by_domain` must be data by the name of their domain: got {type(batches_by_domain).__name__}. "
+            'Write `{"one": one, "other": other}`.'
+        )
     _check_names(list(batches_by_domain))
     return {
         name: estimate_population_stats(model, variables, batches, **options)

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from flaxbn.data.batches import abstract
+from flaxbn.data.state_dict import StateDict, as_array, entries_of, prefixes_in
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import Model, open_model, random_keys, takes_model
 from flaxbn.models.batch_stats import with_wide_statistics
@@ -32,7 +33,6 @@ from flaxbn.models.layer_leaves import AFFINE, LayerLeaves
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Path
 
-StateDict = Mapping[str, Any]
 Prefix = str | Sequence[str] | None
 Names = Mapping[str, Prefix] | Callable[[str], Prefix]
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
@@ -115,7 +115,7 @@ def propose(model: Model, variables: Any, batch: Any, state_dict: StateDict, *, 
         {'': 'bn'}
     """
     held = LayerLeaves(variables)
-    there = {prefix: _array(state_dict[f"{prefix}running_mean"]).shape[0] for prefix in _prefixes(state_dict)}
+    there = {prefix: as_array(state_dict[f"{prefix}running_mean"]).shape[0] for prefix in prefixes_in(state_dict)}
     sizes = {layer: held.shape(layer)[-1] for layer in _in_order(model, variables, batch, call) if layer in held.layers}
     left = dict(there)
     names: dict[str, str | None] = {}
@@ -189,6 +189,9 @@ def load(
     """
     held = LayerLeaves(variables)
     wanted = _named(held, names)
+    unknown = sorted(set(counts) - set(held.layers)) if isinstance(counts, Mapping) else []
+    if unknown:
+        raise ValueError(f"`counts` must be by the paths of layers, {sorted(held.layers)}: got {unknown} besides.")
     new: dict[Path, np.ndarray] = {}
     for layer, prefixes in wanted.items():
         for path, value in _of_layer(held, layer, prefixes, state_dict, _count_of(counts, layer)):
@@ -227,7 +230,7 @@ def _of_layer(
     held: LayerLeaves, layer: str, prefixes: Sequence[str], state_dict: StateDict, count: int | None
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """What a layer gets: leaf by leaf, stacked where there are several prefixes."""
-    own = [_entries(prefix, state_dict) for prefix in prefixes]
+    own = [entries_of(prefix, state_dict) for prefix in prefixes]
 
     def stacked(values: Sequence[np.ndarray]) -> np.ndarray:
         return values[0] if len(held.shape(layer)) == 1 else np.stack(values).reshape(len(values), -1)
@@ -237,45 +240,20 @@ def _of_layer(
         yield held.path(layer, name), value * (count - 1) / count if count and name == "var" else value
     for name, (theirs, neutral) in _AFFINE.items():
         values = [entries.get(theirs, np.full_like(entries["running_mean"], neutral)) for entries in own]
-        if held.path(layer, name) in held.leaves:
-            yield held.path(layer, name), stacked(values)
-        elif any(np.any(value != neutral) for value in values):
+        leaf = held.leaves.get(held.path(layer, name))
+        is_shared = leaf is not None and np.ndim(leaf) < len(held.shape(layer))  # by domains
+        if leaf is not None and not (is_shared and any(np.any(value != values[0]) for value in values)):
+            yield held.path(layer, name), values[0] if is_shared else stacked(values)
+        elif leaf is not None or any(np.any(value != neutral) for value in values):
             raise ValueError(
-                f"Nothing may be lost: torch's '{prefixes[0]}' has a {theirs} that is not {neutral:g} everywhere, and "
-                f"{_called(layer)} no {name}. Build it with `use_{name}=True`."
+                f"Nothing may be lost: there is no place in {_called(layer)} for the {theirs} of torch's "
+                f"{', '.join(map(repr, prefixes))}. Build it with `use_{name}=True`, and with `domain_affine=True` "
+                "where domains differ in it."
             )
-    steps = held.path(layer, "steps")
-    if steps in held.leaves:
-        tracked = max((int(entries.get("num_batches_tracked", 0)) for entries in own), default=0)
-        yield steps, np.full(np.shape(held.leaves[steps]), tracked)
-
-
-def _entries(prefix: str, state_dict: StateDict) -> dict[str, np.ndarray]:
-    """The entries of one torch layer, by their own names."""
-    begin = f"{prefix}." if prefix else ""
-    found = {key.removeprefix(begin): _array(state_dict[key]) for key in state_dict if key.startswith(begin)}
-    found = {key: value for key, value in found.items() if "." not in key}
-    if not set(_STATISTICS.values()) <= set(found):
-        known = ", ".join(repr(p.removesuffix(".")) for p in _prefixes(state_dict))
-        raise ValueError(
-            f"A torch layer must have `running_mean` and `running_var`: '{prefix}' has "
-            f"{sorted(found) or 'no entries'}. (With `track_running_stats=False` it keeps none: estimate them here.) "
-            f"There are {known}."
-        )
-    return found
-
-
-def _prefixes(state_dict: StateDict) -> list[str]:
-    """Those of the torch layers that keep running statistics, in their order, with the dot behind."""
-    found = [key.removesuffix("running_mean") for key in state_dict if key.endswith("running_mean")]
-    if not found:
-        raise ValueError(
-            f"`state_dict` must hold the `running_mean` of a batch-norm layer: got {len(state_dict)} entries, "
-            f"{', '.join(map(repr, [*state_dict][:3]))}{', ...' if len(state_dict) > 3 else ''}. "
-            "A checkpoint often keeps it under a key of its own, "
-            "`checkpoint['model']` or `checkpoint['state_dict']`."
-        )
-    return found
+    steps = held.leaves.get(held.path(layer, "steps"))
+    if steps is not None:
+        tracked = [np.asarray(entries.get("num_batches_tracked", 0)) for entries in own]
+        yield held.path(layer, "steps"), np.stack(tracked) if np.ndim(steps) else np.max(tracked)
 
 
 def _count_of(counts: int | Mapping[str, int] | None, layer: str) -> int | None:
@@ -283,14 +261,6 @@ def _count_of(counts: int | Mapping[str, int] | None, layer: str) -> int | None:
     if count is not None and count < 2:
         raise ValueError(f"`counts` must be 2 or more, values per channel: got {count} for {_called(layer)}.")
     return count
-
-
-def _array(value: Any) -> np.ndarray:
-    """A tensor of torch, or anything like an array, in host memory; bfloat16, which numpy has not, as float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if "bfloat16" in str(value.dtype) else value
-    return np.asarray(value)
 
 
 def _called(layer: str) -> str:

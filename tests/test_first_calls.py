@@ -35,6 +35,19 @@ class NeedsTrain(Net):
         return nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
 
 
+class Critic(Net):
+    @nn.compact
+    def __call__(self, s, a):
+        return nn.BatchNorm(use_running_average=True)(jnp.concatenate([s, a], -1))
+
+
+class Loader:
+    """Batches, as loaders of other libraries give them: to be iterated over, and nothing else."""
+
+    def __iter__(self):
+        return iter([X[:32], X[32:]])
+
+
 class StateWithStats(TrainState):
     batch_stats: object
 
@@ -100,6 +113,14 @@ MISTAKES = {
         run((NeedsTrain(), NEEDS, X), batch_size=32),
         r"missing 1 required positional argument: 'train'\n(.*\n)*  call=lambda module, batch: module\(batch, train=",
     ),
+    "two inputs in a tuple": (
+        run((Critic(), VARIABLES, (X, X[:, :2], Y)), batch_size=32),
+        r"argument: 'a'\n(.*\n)*  call=lambda module, batch: module\(batch\[0\], a=batch\[1\]\)$",
+    ),
+    "two inputs in a dict": (
+        run((Critic(), VARIABLES, {"obs": X, "act": X, "reward": Y}), batch_size=32),
+        r"  call=lambda module, batch: module\(batch\[\"obs\"\], a=batch\[\"act\"\]\)$",
+    ),
     "params alone": (
         run((MODEL, {"params": VARIABLES["params"]}, X), batch_size=32),
         r"must hold the collection 'batch_stats': got \['params'\]\. Pass what `model.init` returned",
@@ -121,15 +142,37 @@ MISTAKES = {
     "a number of features": (lambda: flaxbn.BatchNorm(8).init(KEY, X), "number of features is no argument here"),
     "words of torch": (lambda: flaxbn.BatchNorm(num_features=8), "unexpected keyword argument 'num_features'"),
     "momentum": (lambda: flaxbn.BatchNorm(momentum=1.5).init(KEY, X), r"weight of the old value: 0.9 where PyTorch"),
-    "other statistics": (run(function=flaxbn.apply, statistics="population"), r'must be "running" or "batch": got'),
+    "other statistics": (
+        run(function=flaxbn.apply, statistics="population"),
+        r'must be "running" or "batch": got .*`flaxbn.est',
+    ),
     "a method misspelled": (run(method="presice", batch_size=32), r'must be "precise" or "exact": got \'presice\''),
     "jit": (
         lambda: jax.jit(lambda v: ESTIMATE(MODEL, v, X, batch_size=32))(VARIABLES),
         r"Call it outside of `jax.jit`",
     ),
-    "nothing": (run((MODEL, VARIABLES, iter([]))), "must hold at least one sample: saw none"),
+    "nothing": (
+        run((MODEL, VARIABLES, iter([]))),
+        r"must hold at least one sample: saw none\. A generator that was read once .*: make a new one for each call",
+    ),
+    "a function that makes batches": (
+        run((MODEL, VARIABLES, lambda: [X])),
+        r"`batches` must be an iterable.*: got function\. A function that makes batches must be called",
+    ),
+    "a loader with batch_size": (
+        run((MODEL, VARIABLES, Loader()), batch_size=32),
+        r"`batches` must be a pytree of arrays where .*: got Loader\. Leave `batch_size` out for a loader",
+    ),
+    "a name for a whole batch": (
+        lambda: diagnostics.diagnose(MODEL, VARIABLES, [(X, Y, "north")] * 2, cross_entropy),
+        r"got \(64, 4\), \(64,\), \(\)\. .*a name say, repeat for each sample: `numpy\.full\(n, name\)`",
+    ),
+    "the model from outside": (
+        run(batch_size=32, call=lambda module, batch: MODEL.apply(VARIABLES, batch)),
+        r"'BatchNorm_0' saw none\. Run it in `call`, as part of the module that `call` is given",
+    ),
     "batch_size 0": (run(batch_size=0), "`batch_size` must be a positive integer: got 0"),
-    "batch_size 1": (run(batch_size=1), r"more than one value per channel: got an input of shape \(1, 8\)"),
+    "batch_size 1": (run(batch_size=1), r"more than one value per channel: got .* shape \(1, 8\).*`method=.exact"),
     "NaN": (
         run((MODEL, VARIABLES, np.where(X > 8, np.nan, X)), batch_size=32),
         "must be finite: those of 'BatchNorm_0'",
@@ -151,7 +194,11 @@ MISTAKES = {
     ),
     "lists": (run((MODEL, VARIABLES, X.tolist()), batch_size=32), "must be a pytree of arrays .*: got list"),
     "no batch norm": (run((nn.Dense(2), {"params": {}}, X), batch_size=32), "a model without batch normalization has"),
-    "one loss": (diagnosed(lambda *args: cross_entropy(*args).mean()), r"`loss_fn` must give one value for each exa"),
+    "one loss": (diagnosed(lambda *args: cross_entropy(*args).mean()), r"got \(\)\. Leave out its mean"),
+    "losses of an ensemble": (
+        diagnosed(lambda *args: jnp.stack([cross_entropy(*args)] * 2)),
+        r"`loss_fn` must give one value for each example, shape \(32,\): got \(2, 32\)\. Reduce all axes but",
+    ),
     "no loss": (run(function=diagnostics.diagnose, batch_size=32), "missing 1 required positional argument: 'loss_fn'"),
     "a loss with its arguments exchanged": (
         diagnosed(lambda batch, logits: cross_entropy(logits, batch)),
@@ -172,6 +219,24 @@ MISTAKES = {
         lambda: DOMAINS.init(KEY, X, domain=SITES.tolist()),
         r"must be of integers: got <U5\. Number names by one list.*`number = \{name: i for i, name in enumerate\(names",
     ),
+    "a domain by name": (lambda: DOMAINS.init(KEY, X, domain="north"), r"got <U5\. .*and pass `number\[domain\]`"),
+    "a domain without domains": (lambda: LAYER.init(KEY, X, domain=0), r"got one without\. Give it their number"),
+    "data of domains without names": (
+        lambda: flaxbn.domains.estimate(MODEL, VARIABLES, [X, X], batch_size=32),
+        r"`batches_by_domain` must be data by the name of their domain: got list\. Write `\{\"one\": one,",
+    ),
+    "a number of domains for their names": (
+        lambda: flaxbn.domains.replicate(VARIABLES["batch_stats"], 2),
+        r"`names` must be names of domains, .*: got int",
+    ),
+    "variables for statistics": (
+        lambda: flaxbn.domains.replicate(VARIABLES, ["a", "b"]),
+        r"of the collections \['batch_stats', 'params'\]\. Pass `variables\[\"batch_stats\"\]`",
+    ),
+    "statistics for moments": (
+        lambda: diagnostics.compare(VARIABLES["batch_stats"], VARIABLES["batch_stats"]),
+        r"`population` must be moments from `flaxbn\.population_moments`.*`compare\(batch_stats, population\)`",
+    ),
     "an unknown domain": (
         lambda: flaxbn.domains.select(VARIABLES, {"a": VARIABLES["batch_stats"]}, "c"),
         r"got 'c'\. Known are \['a'\]",
@@ -182,7 +247,7 @@ MISTAKES = {
     ),
     "arguments exchanged": (
         lambda: flaxbn.to_batch_stats(VARIABLES["batch_stats"], VARIABLES["batch_stats"]),
-        "`moments` must be a tree of Moments",
+        r"`moments` must be a tree of Moments.*The moments come first: `to_batch_stats\(moments, batch_stats\)`",
     ),
     "only nothing": (run(batch_size=32, only=lambda path: False), "it accepts none of 'BatchNorm_0'"),
     "names to be cut": (
@@ -337,6 +402,26 @@ def test_what_users_raise_is_theirs(function, error):
         function(Raises(), variables, BOTH)
     assert raised.value is error
     assert any('The batch is\n  batch["image"]: float32' in note for note in raised.value.__notes__)
+
+
+def test_one_image_taken_for_a_batch():
+    """Convolutions run on a single image without a word."""
+
+    class Images(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(nn.Conv(2, (1, 1))(x)).mean((-3, -2))
+
+    images = X.reshape(64, 2, 2, 1)
+    variables = jax.jit(Images().init)(KEY, images)
+    found = diagnostics.diagnose(Images(), variables, images, cross_entropy, call=lambda m, b: m(b[0]), batch_size=16)
+    assert [finding.trap for finding in found.findings] == ["training mode at inference"]
+    assert "no output has an axis of examples, so that `call` may have taken one example" in str(found)
+
+
+def test_names_that_are_in_a_module():
+    with pytest.raises(AttributeError, match=r"no attribute 'diagnose'; .* may be in `flaxbn\.diagnostics`"):
+        _ = flaxbn.diagnose
 
 
 def test_assertions_of_the_model_are_its_own():

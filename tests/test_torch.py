@@ -181,6 +181,32 @@ def test_steps_are_the_batches_that_torch_counted():
     assert loaded["batch_stats"]["steps"].dtype == jnp.float32
 
 
+def test_domains_share_what_is_equal():
+    layer = flaxbn.BatchNorm(use_running_average=True, num_domains=2)
+    variables = layer.init(jax.random.key(0), np.ones((2, 3), np.float32), domain=0)
+    alike = {f"{prefix}.weight": np.float32([1, 2, 3]) for prefix in "ab"}
+    loaded = flaxbn.torch.load(variables, state_dict_of("a", "b", **alike), {"": ["a", "b"]})
+    assert loaded["params"]["scale"].tolist() == [1, 2, 3]
+    assert loaded["batch_stats"]["mean"].tolist() == [[1] * 3, [2] * 3]
+    with pytest.raises(ValueError, match=r"the weight of torch's 'a', 'b'.*`domain_affine=True`"):
+        flaxbn.torch.load(variables, state_dict_of("a", "b", **alike | {"b.weight": np.ones(3)}), {"": ["a", "b"]})
+
+
+def test_steps_are_stacked_like_the_layers():
+    variables = {
+        "batch_stats": {"mean": np.zeros((2, 3), "f4"), "var": np.ones((2, 3), "f4"), "steps": np.zeros(2, "f4")}
+    }
+    loaded = flaxbn.torch.load(variables, state_dict_of("a", "b"), {"": ["a", "b"]})
+    assert loaded["batch_stats"]["steps"].tolist() == [100, 200]
+
+
+def test_what_is_stored_is_finite():
+    variables = jax.tree.map(lambda a: a.astype(jnp.float16), init(Stack(1)))
+    state_dict = state_dict_of("a") | {"a.running_var": np.float32([1, 1e6, 1])}
+    with pytest.raises(ValueError, match=r"must be finite.*'batch_stats/BatchNorm_0/var' is not, in float16"):
+        flaxbn.torch.load(variables, state_dict, {"BatchNorm_0": "a"})
+
+
 def test_layers_of_a_scan_and_domains_are_stacked():
     variables = {"batch_stats": {"norm": {"mean": np.zeros((2, 3), np.float32), "var": np.ones((2, 3), np.float32)}}}
     loaded = flaxbn.torch.load(variables, state_dict_of("a", "b"), {"norm": ["a", "b"]})
@@ -277,7 +303,7 @@ def test_errors(state_dict, names, message):
 
 def test_an_affine_parameter_is_not_lost():
     state_dict = state_dict_of("a", **{"a.weight": np.float32([1, 2, 1])})
-    with pytest.raises(ValueError, match="has a weight that is not 1 everywhere, and 'BatchNorm_0' no scale"):
+    with pytest.raises(ValueError, match="no place in 'BatchNorm_0' for the weight of torch's 'a'"):
         flaxbn.torch.load(init(Stack(1, affine=False)), state_dict, {"BatchNorm_0": "a"})
     flaxbn.torch.load(init(Stack(1, affine=False)), state_dict_of("a"), {"BatchNorm_0": "a"})
 
@@ -287,5 +313,7 @@ def test_nothing_to_load_from_or_into():
         propose(Stack(1), {"model": {}})
     with pytest.raises(ValueError, match="must hold the statistics of a batch-norm layer"):
         flaxbn.torch.load({"params": {}}, state_dict_of("a"), {})
+    with pytest.raises(ValueError, match=r"`counts` must be by the paths of layers, \['BatchNorm_0'\]: got \['x'\]"):
+        flaxbn.torch.load(init(Stack(1)), state_dict_of("a"), {"BatchNorm_0": "a"}, counts={"x": 4})
     with pytest.raises(ValueError, match="`counts` must be 2 or more, values per channel: got 1"):
         flaxbn.torch.load(init(Stack(1)), state_dict_of("a"), {"BatchNorm_0": "a"}, counts=1)

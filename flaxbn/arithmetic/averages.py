@@ -118,7 +118,8 @@ def averaged(old: Array, new: Array, weight: Array) -> Array:
         weight: in [0, 1], shaped to broadcast against them.
     """
     weight = weight.astype(jnp.finfo(old.dtype).dtype)
-    return jnp.where(weight < 0.5, old + weight * (new - old), (1 - weight) * old + weight * new)
+    mixed = jnp.where(weight < 0.5, old + weight * (new - old), (1 - weight) * old + weight * new)
+    return jnp.where(weight < 1, mixed, new)  # of what was there nothing is left, NaN neither
 
 
 def at_steps(schedule: Any, steps: Array, ndim: int) -> Array:

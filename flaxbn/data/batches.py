@@ -1,5 +1,6 @@
 """Data, opened once: arrays that are cut into batches, or a stream of batches as they come."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +107,12 @@ class Stream:
 
     def length(self) -> int | None:
         """How many batches there are, at most; None where only reading tells."""
-        return len(self.batches) if isinstance(self.batches, Sized) and not isinstance(self.batches, Iterator) else None
+        if not isinstance(self.batches, Sized) or isinstance(self.batches, Iterator):
+            return None
+        try:
+            return len(self.batches)
+        except Exception:  # loaders have a `__len__` that raises, whatever they like, where they do not know
+            return None
 
     def peeked(self) -> tuple[Any, "Stream"]:
         """The first batch, which is read, as shapes and dtypes (None without any), and all of the data."""
@@ -223,21 +229,30 @@ def _check_kind(batches: Any, batch_size: int | None) -> None:
     is_arrays = isinstance(batches, Mapping) or hasattr(batches, "shape")
     is_arrays |= isinstance(batches, tuple) and all(hasattr(a, "shape") for a in batches)
     if batch_size is None and (is_arrays or not isinstance(batches, Iterable)):
-        raise TypeError(
-            f"`batches` must be an iterable of batches where `batch_size` is not given: got {_described(batches)}. To "
-            "have arrays cut into batches, pass `batch_size`; to pass one batch, pass a list of it."
+        cure = (
+            "A function that makes batches must be called: pass what it returns."
+            if inspect.isroutine(batches)
+            else "To have arrays cut into batches, pass `batch_size`; to pass one batch, pass a list of it."
         )
-    if batch_size is not None and isinstance(batches, Iterator | list):
+        raise TypeError(
+            f"`batches` must be an iterable of batches where `batch_size` is not given: got {_described(batches)}. "
+            f"{cure}"
+        )
+    is_loader = isinstance(batches, Iterable) and not hasattr(batches, "shape") and jax.tree_util.all_leaves([batches])
+    if batch_size is not None and (is_loader or isinstance(batches, Iterator | list)):
         raise TypeError(
             f"`batches` must be a pytree of arrays where `batch_size` is given: got {_described(batches)}. Leave "
-            "`batch_size` out for an iterator, whose batches are taken as they are."
+            "`batch_size` out for a loader or an iterator, whose batches are taken as they are."
         )
 
 
 def _check_enough(seen: int, num_samples: int | None) -> None:
     """Too few samples are an error; none are one where no other process can have some."""
     if seen == 0 and jax.process_count() == 1:
-        raise ValueError("The data must hold at least one sample: saw none.")
+        raise ValueError(
+            "The data must hold at least one sample: saw none. A generator that was read once has nothing more: make a "
+            "new one for each call, or give a list of batches."
+        )
     if num_samples is not None and seen < num_samples:
         raise ValueError(f"The data must hold `num_samples={num_samples}` samples: saw {seen}.")
 

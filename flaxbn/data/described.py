@@ -1,7 +1,7 @@
 """What data look like, for messages: keys, shapes and dtypes, as code that reaches them, and never what they hold."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,13 +60,18 @@ def kind_of(value: Any) -> str:
     return f"{'' if known else type(value).__name__ + ' '}{dtype} {_shape(shape)}"
 
 
-def main_input(batch: Any, name: str = "batch") -> str | None:
+def main_input(batch: Any, name: str = "batch", *, without: Collection[str] = ()) -> str | None:
     """The part that a model most likely takes: the array with the most axes, of floats rather than integers.
 
     Examples:
         >>> import numpy as np
         >>> main_input((np.zeros((2, 8, 8, 1), np.uint8), np.ones(2, np.float32)))
         'batch[0]'
+
+    Args:
+        batch: the batch, a pytree of anything.
+        name: what it is called.
+        without: code of parts that are taken for something else.
 
     Returns:
         The code that reaches it; None where there is no array.
@@ -75,7 +80,7 @@ def main_input(batch: Any, name: str = "batch") -> str | None:
     def rank(part: Part) -> tuple[int, bool]:
         return len(part.value.shape), part.value.dtype.kind not in "iu"
 
-    arrays = [part for part in parts_of(batch, name) if _is_of_numbers(part.value)]
+    arrays = [part for part in parts_of(batch, name) if part.code not in without and _is_of_numbers(part.value)]
     return max(arrays, key=rank).code if arrays else None
 
 

@@ -121,9 +121,11 @@ def count_samples(arrays: Any) -> int:
     found = common_length(arrays)
     if found is None:
         received = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(arrays)) or "no arrays"
+        of_all = any(not np.shape(leaf) for leaf in jax.tree.leaves(arrays))
+        repeat = " What is said once of a whole batch, a name say, repeat for each sample: `numpy.full(n, name)`."
         raise ValueError(
             f"A batch must be a pytree of arrays with a common leading sample axis: got {received}. Samples are "
             "counted, cut, weighted and split over devices along it; an iterable of batches that needs none of that "
-            "(`num_samples`, `sample_weight`, `sharding`) may hold anything."
+            f"(`num_samples`, `sample_weight`, `sharding`) may hold anything.{repeat if of_all else ''}"
         )
     return found

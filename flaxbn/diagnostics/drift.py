@@ -198,12 +198,18 @@ def compare(batch_stats: Any, population: Any, *, rows: RowsByLayer | None = Non
         layers in a scan) one for each row that saw data. `print` and notebooks show them as a table.
 
     Raises:
+        TypeError: if `population` is no tree of moments.
         ValueError: if `batch_stats` lacks a layer of `population`, or has it in another shape; or, without `rows`, a
             row saw data in some of its channels only.
     """
     if isinstance(population, list) and not population:
         raise ValueError("`population` must be moments, or a list of them: got an empty list.")
     parts = [population] if is_moments(population) or not isinstance(population, list | tuple) else list(population)
+    if not all(is_moments(value) for part in parts for value in by_path(part).values()):
+        raise TypeError(
+            "`population` must be moments from `flaxbn.population_moments`, or a list of them: got other arrays. The "
+            "statistics that are stored come first, `compare(batch_stats, population)`."
+        )
     merged = jax.device_get(merge(*parts))
     leaves = named_leaves(batch_stats)
     each = [by_path(jax.device_get(part)) for part in parts]

@@ -143,7 +143,10 @@ def _over(
         labels = np.zeros(size) if domain is None else labels_of(domain, batch)
         found = [np.asarray(column, np.float64) for column in losses(batch)]
         if found[0].shape != (size,):
-            raise ValueError(f"`loss_fn` must give one value for each example, shape ({size},): got {found[0].shape}.")
+            raise ValueError(
+                f"`loss_fn` must give one value for each example, shape ({size},): got {found[0].shape}. "
+                + ("Reduce all axes but that of examples." if found[0].ndim else "Leave out its mean or sum over them.")
+            )
         rows.append((*found, labels, np.full(size, number)))
     if not rows:
         raise ValueError("The data must hold at least one batch: got none.")

@@ -98,23 +98,31 @@ def training_mode(subject: Subject) -> list[Finding]:
         assert_batch_independent(subject.model, subject.variables, subject.example, call=subject.call)
     except BatchDependenceError as error:
         change = _change_with_the_batch(subject)
-        text = f"without two thirds of a batch the outputs for the rest change by {change:.1%}. {error}"
-        return [TRAINING_MODE.finding("output", change, 0, text)]
+        text = (
+            "no output has an axis of examples, so that `call` may have taken one example for the batch, `batch[0]` of "
+            f"an array say. {error}"
+            if change is None
+            else f"without two thirds of a batch the outputs for the rest change by {change:.1%}. {error}"
+        )
+        return [TRAINING_MODE.finding("output", change or 0.0, 0, text)]
     return []
 
 
-def _change_with_the_batch(subject: Subject) -> float:
-    """By how much of their size outputs change where the batch is a third of itself: the largest of all outputs."""
+def _change_with_the_batch(subject: Subject) -> float | None:
+    """By how much of their size outputs change where the batch is a third of itself: the largest of all outputs.
+
+    None where no output has an axis of examples.
+    """
     size = count_samples(subject.example)
     rows = split(size)[0]
     third = jax.tree.map(lambda a: a[rows], subject.example)
     found = (outputs(subject.model, subject.variables, batch, subject.call) for batch in (subject.example, third))
-    changes = [0.0]
+    changes = []
     for whole, again in zip(*found):
-        if len(whole) == size and len(again) == len(rows):
+        if np.shape(whole)[:1] == (size,) and np.shape(again)[:1] == (len(rows),):
             difference = np.linalg.norm(np.ravel(whole[rows] - again))
             changes.append(float(difference / max(np.linalg.norm(np.ravel(whole[rows])), np.finfo(np.float32).tiny)))
-    return max(changes)
+    return max(changes, default=None)
 
 
 PRECONDITIONS = (not_finite, training_mode, not_finite_statistics)

@@ -58,9 +58,10 @@ def checked_tree(moments: Mapping[Path, Moments], wanted: StoredLayers, *, keep_
     if unseen and not keep_unseen:
         raise ValueError(
             f"Every batch-norm layer in `batch_stats` must see data: {', '.join(unseen)} saw none. Run it in `call`, "
-            "give data of each domain, leave it out by `only`, or keep its stored statistics by `keep_unseen=True`. (A "
-            "layer whose statistics are computed from what is stored, not read, counts as not seen. So does one of a "
-            "class that flaxbn does not know: `flaxbn.recognize`, or `flaxbn.mark` in its code, makes it known.)"
+            "as part of the module that `call` is given, give data of each domain, leave it out by `only`, or keep its "
+            "stored statistics by `keep_unseen=True`. (A layer whose statistics are computed from what is stored, not "
+            "read, counts as not seen. So does one of a class that flaxbn does not know: `flaxbn.recognize`, or "
+            "`flaxbn.mark` in its code, makes it known.)"
         )
     return as_tree({path: moments[path] for path in wanted.entries})
 

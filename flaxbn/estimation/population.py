@@ -86,7 +86,8 @@ def estimate_population_stats(
         method: "precise" or "exact", as described above.
         sample_weight: `batch -> (B,)`, the weights of the samples, in statistics and normalization alike. A sample
             whose weight is not positive takes no part, whatever it holds. Layers must keep the samples in the order of
-            the batch.
+            the batch. With a `normalization_batch` other than "global" it is called with each group of samples that
+            normalizes by itself: let the weight of a sample not depend on the others.
         only: `path -> bool`, the layers to estimate, by their paths in `batch_stats` joined by "/". The others keep
             and use their stored statistics.
         keep_unseen: leave what saw no data, a domain for example, with its stored statistics, where it is an error

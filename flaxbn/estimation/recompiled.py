@@ -31,8 +31,10 @@ def note_compiled(make: Hashable, options: PassOptions, shapes: Hashable) -> Non
     """
     key = Hashed((make, _model(options.model), _code(options.call), _code(options.sample_weight), options.layout))
     seen = compiled_shapes.get(key) or compiled_shapes.put(key, [])
+    if len(seen) == _OFTEN:
+        return
     seen.append(shapes)
-    if len(seen) != _OFTEN:
+    if len(seen) < _OFTEN:
         return
     if len(set(seen)) == _OFTEN:
         why = (

@@ -89,10 +89,11 @@ def _check_variables(variables: Mapping[str, Any], rngs: Mapping[str, Array] | N
 
 def _check_normalization_batch(normalization_batch: Any, sharding: NamedSharding | None) -> None:
     is_size = hasattr(normalization_batch, "__index__") and not isinstance(normalization_batch, bool)
-    if normalization_batch not in ("global", "device") and not (is_size and normalization_batch >= 1):
+    is_word = isinstance(normalization_batch, str) and normalization_batch in ("global", "device")
+    if not is_word and not (is_size and normalization_batch >= 1):
         raise ValueError(
-            f'`normalization_batch` must be "global" or "device": got {normalization_batch!r}. A positive integer '
-            "stands for so many consecutive samples, each group of which normalizes by itself."
+            f'`normalization_batch` must be "global", "device", or a positive integer: got {normalization_batch!r}. An '
+            "integer stands for so many consecutive samples, each group of which normalizes by itself."
         )
     if normalization_batch == "device" and sharding is None:
         raise ValueError(

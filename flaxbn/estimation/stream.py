@@ -6,6 +6,7 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.data.batches import Stream
@@ -16,8 +17,10 @@ from flaxbn.estimation.joined import Pending, Record
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.estimation.threads import Lanes, lanes_for
+from flaxbn.tracing.jaxpr import Same
 
 _AHEAD = 1  # groups of a lane: one is computed while the next is read
+_BYTES = 2**28  # what batches of a stream may take that are held; more only if one of each lane takes more
 _OPEN = 4  # buffers of a lane, each for the batches that call the same layers; mostly there is one, of up to 64 MiB
 
 Passed = tuple[int, list[Pending]]
@@ -56,11 +59,12 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
     batches = _placed(asked, data)
     first = [*islice(batches, 1)]
     arguments = asked.variables, asked.rngs, first
-    cores = lanes_for(arguments, sum(a.nbytes for a in jax.tree.leaves(first)))
+    nbytes = sum(a.nbytes for a in jax.tree.leaves(first))
+    cores = lanes_for(arguments, nbytes)
     waiting: deque[Callable[[], Passed]] = deque()
     with Lanes(cores, tracing_options) as threads:
         lanes = [_Lane(asked, is_thread=threads.number > 1) for _ in range(threads.number)]
-        most = in_group(data.length(), len(lanes))
+        most = in_group(data.length(), len(lanes), nbytes)
         for lane, group in zip(cycle(range(len(lanes))), _groups(asked, chain(first, batches), most)):
             if not group.compiled.has_stepped:  # it is compiled here: each thread would do so by itself
                 while waiting:
@@ -69,7 +73,7 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
                 group.compiled.has_stepped = True
             else:
                 waiting.append(threads.start(lane, lanes[lane].take, group))
-            if len(waiting) > (1 + _AHEAD) * len(lanes):
+            if len(waiting) > len(lanes):
                 yield waiting.popleft()()
         while waiting:
             yield waiting.popleft()()
@@ -77,31 +81,42 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
 
 
 def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:
-    """Each batch where it is computed, and which of its samples are no padding."""
-    return (placed(batch, asked.options.sharding, asked.options.layout.multiple) for batch in data)
+    """Each batch where it is computed, and which of its samples are no padding.
+
+    Arrays of jax are copied, too: they wait until their group is full, and whoever made them may donate them meanwhile.
+    """
+    for batch in data:
+        own = jax.tree.map(lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a, batch)
+        yield placed(own, asked.options.sharding, asked.options.layout.multiple)
 
 
-def in_group(batches: int | None, lanes: int) -> int | None:
-    """How many batches make a group, so that all lanes get as many; None where their number is not known."""
+def in_group(batches: int | None, lanes: int, nbytes: int) -> int:
+    """How many batches make a group: so many that those that are held take 256 MiB, and all lanes get as many.
+
+    Held are a group for each lane, one that waits, and one that is read. `batches` is None where their number is not
+    known.
+    """
+    most = max(1, min(TOGETHER, _BYTES // ((lanes + 2) * max(nbytes, 1))))
     if not batches:
-        return None
-    rounds = -(-batches // (lanes * TOGETHER))
+        return most
+    rounds = -(-batches // (lanes * most))
     return -(-batches // (lanes * rounds))
 
 
-def _groups(asked: Request, batches: Iterable[tuple[Any, Any]], most: int | None) -> Iterator[_Group]:
+def _groups(asked: Request, batches: Iterable[tuple[Any, Any]], most: int) -> Iterator[_Group]:
     """The batches in groups of one shape, of at most so many; few are open, the oldest is closed first."""
     passes = Compiled(Pass, asked.options)
-    groups: dict[Pass, _Group] = {}
+    groups: dict[tuple[Pass, Same], _Group] = {}
     for number, (batch, present) in enumerate(batches):
         compiled, (closed,) = passes.find(key_of_pass(asked, batch, present))
-        group = groups.pop(compiled, None) or _Group(compiled, closed, present)
+        key = compiled, Same(closed)  # batches with other names may have one program, with other arrays
+        group = groups.pop(key, None) or _Group(compiled, closed, present)
         group.batches.append(jax.tree.leaves(batch))
         group.numbers.append(number)
-        if len(group.numbers) == min(compiled.together, most or compiled.together):
+        if len(group.numbers) == min(compiled.together, most):
             yield group
         else:
-            groups[compiled] = group
+            groups[key] = group
         if len(groups) > _OPEN:
             yield groups.pop(next(iter(groups)))
     yield from groups.values()

@@ -96,7 +96,8 @@ def _pool(threads: int, look: Callable[[], Any]) -> ThreadPoolExecutor | None:
     """
 
     def options() -> Any:
-        return look(), jax.sharding.get_abstract_mesh()
+        device = getattr(jax.config, "jax_default_device")  # noqa: B009 - its type stub lacks it
+        return look(), jax.sharding.get_abstract_mesh(), device
 
     pool = ThreadPoolExecutor(threads)
     if pool.submit(options).result() == options():

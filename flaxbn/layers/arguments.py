@@ -225,11 +225,11 @@ def domain_of(
     """
     if num_domains is None:
         if domain is not None:
-            raise ValueError("`domain` belongs to a layer with `num_domains`: got one without.")
+            raise ValueError("`domain` belongs to a layer with `num_domains`: got one without. Give it their number.")
         return None
     if domain is None:
         raise ValueError(f"`domain` must be given to a layer with `num_domains={num_domains}`: got none.")
-    if isinstance(domain, int | np.integer | np.ndarray | list | tuple):
+    if isinstance(domain, int | np.integer | np.ndarray | list | tuple | str):
         _check_in_range(np.asarray(domain), num_domains)
     numbers = jnp.asarray(domain)
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
@@ -244,9 +244,10 @@ def domain_of(
 
 def _check_in_range(domain: np.ndarray, num_domains: int) -> None:
     if not np.issubdtype(domain.dtype, np.integer):
+        numbers = "numpy.array([number[n] for n in domain])" if domain.ndim else "number[domain]"
         raise TypeError(
             f"`domain` must be of integers: got {domain.dtype}. Number names by one list for training and evaluation, "
-            "`number = {name: i for i, name in enumerate(names)}`, and pass `numpy.array([number[n] for n in domain])`."
+            f"`number = {{name: i for i, name in enumerate(names)}}`, and pass `{numbers}`."
             if domain.dtype.kind in "OSU"
             else f"`domain` must be of integers: got {domain.dtype}."
         )

@@ -81,7 +81,10 @@ def apply(
             make it known.
     """
     if statistics not in ("running", "batch"):
-        raise ValueError(f'`statistics` must be "running" or "batch": got {statistics!r}.')
+        raise ValueError(
+            f'`statistics` must be "running" or "batch": got {statistics!r}. Those of the population are computed by '
+            '`flaxbn.estimate_population_stats`: store them in the variables, where "running" reads them.'
+        )
     if only is not None and statistics != "batch":
         raise ValueError(f'`only` names the layers that take the statistics of the batch: got "{statistics}" for them.')
     model, variables = open_model(model, variables, evaluates=not rngs)

@@ -6,6 +6,7 @@ place of the means, a traced model tells which. Moments of calls then merge by n
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,14 +57,16 @@ def stored_layers(batch_stats: Any, read: Iterable[Pair] = ()) -> StoredLayers:
             float32 in the place of means, and float32 tells integers apart below 2**24.
     """
     leaves, structure = jax.tree.flatten(batch_stats)
-    return _numbered(structure, tuple(map(np.shape, leaves)), tuple(read), statistics_names())
+    names = leaf_names(batch_stats, structure)
+    return _numbered(names, tuple(map(np.shape, leaves)), tuple(read), statistics_names())
 
 
 @functools.lru_cache(maxsize=_STRUCTURES)
-def _numbered(structure: Any, of_leaves: tuple[Any, ...], read: tuple[Pair, ...], names: Any) -> StoredLayers:
-    """The layers of a tree of these shapes; every estimate asks for them a few times, of hundreds of leaves."""
-    shapes = dict(zip(leaf_names(structure), of_leaves))
+def _numbered(paths: tuple[Path, ...], of_leaves: tuple[Any, ...], read: tuple[Pair, ...], names: Any) -> StoredLayers:
+    """The layers of a tree of these leaves; every estimate asks for them a few times, of hundreds of leaves."""
+    shapes = dict(zip(paths, of_leaves))
     places = named_pairs(shapes, names) | {path_of(pair): pair for pair in read}
+    _check_distinct(paths, places)
     entries, total = {}, 0
     for path, (mean, _) in places.items():
         size = int(np.prod(shapes[mean]))
@@ -90,7 +93,7 @@ def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(getattr(leaf, "dtype", None) == np.float32 for leaf in leaves):
         return variables
     statistics = {place for pair in stored_layers(variables["batch_stats"]).places.values() for place in pair}
-    names = leaf_names(structure)
+    names = leaf_names(variables["batch_stats"], structure)
     wide = [leaf.astype(widen(leaf.dtype)) if name in statistics else leaf for name, leaf in zip(names, leaves)]
     return {**variables, "batch_stats": jax.tree.unflatten(structure, wide)}
 
@@ -179,7 +182,7 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
     """
     found = by_path(moments)
     leaves, structure = jax.tree.flatten(batch_stats)
-    names = leaf_names(structure)
+    names = leaf_names(batch_stats, structure)
     stored = dict(zip(names, leaves))
     _check_places(found, stored, keep_unseen)
     fields = {
@@ -234,6 +237,7 @@ def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_
             raise ValueError(
                 f"`moments` must be a tree of Moments with the layers and shapes of `batch_stats`: got {received} at "
                 f"'{layer_name(path)}', where `batch_stats` holds {place}."
+                + ("" if is_moments(value) else " The moments come first: `to_batch_stats(moments, batch_stats)`.")
             )
         if np.iscomplexobj(value.mean) and not np.iscomplexobj(old):
             raise TypeError(
@@ -271,14 +275,35 @@ def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLa
 def named_leaves(tree: Any) -> dict[Path, Any]:
     """The leaves of a tree by the dictionary keys on their path, in the order of the tree."""
     leaves, structure = jax.tree.flatten(tree)
-    return dict(zip(leaf_names(structure), leaves))
+    return dict(zip(leaf_names(tree, structure), leaves))
+
+
+def leaf_names(tree: Any, structure: Any) -> tuple[Path, ...]:
+    """The dictionary keys on the path of each leaf of a tree, whose structure is given."""
+    try:
+        return _names_of(structure)
+    except Exception:  # a box that looks at what is put into it, or whose metadata have no hash
+        return _names_in(tree)
 
 
 @functools.lru_cache(maxsize=_STRUCTURES)
-def leaf_names(structure: Any) -> tuple[Path, ...]:
-    """The dictionary keys on the path of each leaf, of the structure of a tree."""
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+def _names_of(structure: Any) -> tuple[Path, ...]:
+    return _names_in(jax.tree.unflatten(structure, range(structure.num_leaves)))
+
+
+def _names_in(tree: Any) -> tuple[Path, ...]:
     return tuple(dict_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _check_distinct(paths: Sequence[Path], places: Mapping[Path, Pair]) -> None:
+    """Layers are known by the keys of dictionaries: what lies in lists would count as one layer."""
+    count = Counter(paths)
+    same = [path for path, pair in places.items() if any(count[place] > 1 for place in pair)]
+    if same:
+        raise ValueError(
+            f"Each layer in `batch_stats` must have a name of its own: {', '.join(map(repr, map(layer_name, same)))} "
+            "names several, in a list or tuple. Put them into a dictionary."
+        )
 
 
 def dict_names(path: Any) -> Path:

@@ -62,7 +62,8 @@ def _cure(error: Exception, call: Any, proposed: str | None, variables: Mapping[
 def proposal(cls: type, batch: Any, module: str) -> str | None:
     """How a model of this class may be run for evaluation, as code; None where nothing tells.
 
-    A required argument gets the part of the batch that has its name, the value that turns training off, or `...`.
+    A required argument gets the part of the batch that has its name or one that begins alike, the value that turns
+    training off, or `...`; of a tuple, that of its place.
 
     Examples:
         >>> import numpy as np
@@ -70,6 +71,8 @@ def proposal(cls: type, batch: Any, module: str) -> str | None:
         ...     def __call__(self, x, mask, train): ...
         >>> proposal(Model, {"image": np.zeros((2, 8, 8, 1)), "mask": np.ones(2)}, "module")
         'module(batch["image"], mask=batch["mask"], train=False)'
+        >>> proposal(Model, (np.zeros((2, 8, 8, 1)), np.ones(2), np.ones(2)), "module")
+        'module(batch[0], mask=batch[1], train=False)'
 
     Args:
         cls: the class of the model, whose `__call__` is looked at.
@@ -78,10 +81,18 @@ def proposal(cls: type, batch: Any, module: str) -> str | None:
     """
     runs = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     parameters = [] if runs is None else [*inspect.signature(runs).parameters.values()][1:]
-    codes = {part.code for part in parts_of(batch)}
-    taken = None if not parameters else _part(parameters[0].name, codes) or main_input(batch)
-    others = [f"{p.name}={value}" for p in parameters[1:] if (value := _argument(p, codes)) is not None]
-    return None if taken is None else f"{module}({', '.join([taken, *others])})"
+    codes = [part.code for part in parts_of(batch)]
+    inputs = [p for p in parameters[1:] if p.name not in _EVALUATION and _is_required(p)]
+    if inputs and isinstance(batch, tuple | list) and not hasattr(batch, "_fields") and len(codes) > len(inputs):
+        first: str | None = codes[0]
+        values = dict(zip([p.name for p in inputs], codes[1:]))
+    else:
+        values = {p.name: _part(p.name, codes) or _begins_alike(p.name, codes) or "..." for p in inputs}
+        named = _part(parameters[0].name, codes) if parameters else None
+        first = named or main_input(batch, without=values.values())
+    values |= {p.name: str(_EVALUATION[p.name]) for p in parameters[1:] if _is_mode(p)}
+    others = [f"{p.name}={values[p.name]}" for p in parameters[1:] if p.name in values]
+    return None if first is None or not parameters else f"{module}({', '.join([first, *others])})"
 
 
 def _part(name: str, codes: Collection[str]) -> str | None:
@@ -89,9 +100,17 @@ def _part(name: str, codes: Collection[str]) -> str | None:
     return next((code for code in (f'batch["{name}"]', f"batch.{name}") if code in codes), None)
 
 
-def _argument(given: inspect.Parameter, codes: Collection[str]) -> str | None:
-    """What an argument is given, as code; None for one that may be left out."""
-    if given.name in _EVALUATION:
-        return None if given.default is _EVALUATION[given.name] else str(_EVALUATION[given.name])
-    may_be_left_out = given.default is not given.empty or given.kind in (given.VAR_POSITIONAL, given.VAR_KEYWORD)
-    return None if may_be_left_out else _part(given.name, codes) or "..."
+def _begins_alike(name: str, codes: Collection[str]) -> str | None:
+    """The one part of a batch whose name begins like this one, `act` and `a` say."""
+    keys = {code: code.removeprefix("batch").strip('."[]') for code in codes}
+    found = [code for code, key in keys.items() if key.startswith(name) or (key and name.startswith(key))]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_mode(given: inspect.Parameter) -> bool:
+    """Whether an argument tells the model its mode, and must be given for evaluation."""
+    return given.name in _EVALUATION and given.default is not _EVALUATION[given.name]
+
+
+def _is_required(given: inspect.Parameter) -> bool:
+    return given.default is given.empty and given.kind not in (given.VAR_POSITIONAL, given.VAR_KEYWORD)

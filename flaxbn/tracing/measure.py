@@ -42,7 +42,8 @@ def check_values(tap: Tap, shape: tuple[int, ...]) -> None:
     if values_per_channel(shape[tap.lanes :], tap.axes, tap.axis_name, tap.axis_index_groups) == 1:
         raise ValueError(
             f"{tap.layer} normalizes by batch statistics, which needs more than one value per channel: got an input "
-            f"of shape {shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one."
+            f"of shape {shape} reduced over axes {tap.axes}. Use a larger batch, or drop a last batch of one; "
+            'or, in an estimate, `method="exact"`, for which one batch need not have more.'
         )
 
 

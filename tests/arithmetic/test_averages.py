@@ -61,6 +61,11 @@ def test_the_first_value_replaces_what_was_there(momentum):
     np.testing.assert_array_equal(run(momentum, VALUES[:1])[0], VALUES[0])
 
 
+def test_of_what_was_not_finite_nothing_is_left():
+    found = averaged(jnp.float32([jnp.nan, jnp.inf, 3]), jnp.float32([1, 2, 4]), jnp.float32(1))
+    assert found.tolist() == [1, 2, 4]
+
+
 def test_integer_steps_do_as_well():
     for momentum in (cumulative, Debiased(0.9)):
         found, expected = (momentum(jnp.asarray(STEPS, dtype)) for dtype in (jnp.int32, jnp.float32))

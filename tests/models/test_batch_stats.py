@@ -56,3 +56,30 @@ def test_leaves_lie_where_they_lay(devices, count):
         assert layer["var"].dtype == stats[name]["var"].dtype
         assert layer["mean"].committed == (name == "put")
     assert found["put"]["mean"].devices() == {device}
+
+
+def test_layers_in_a_list_have_no_names_of_their_own():
+    layer = {"mean": np.zeros(2), "var": np.ones(2)}
+    with pytest.raises(ValueError, match=r"must have a name of its own: 'blocks' names several, in a list or tuple"):
+        stored_layers({"blocks": [layer, layer]})
+    assert [*stored_layers({"blocks": [layer], "counters": [np.zeros(2), np.zeros(2)]}).entries] == [("blocks",)]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Strict:
+    """A box that looks at what is put into it."""
+
+    def __init__(self, value):
+        assert hasattr(value, "dtype")
+        self.value = value
+
+    def tree_flatten_with_keys(self):
+        return ((jax.tree_util.GetAttrKey("value"), self.value),), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+def test_a_box_that_looks_at_what_is_put_into_it():
+    assert [*stored_layers({"norm": {"mean": Strict(np.zeros(2)), "var": Strict(np.ones(2))}}).entries] == [("norm",)]

@@ -34,8 +34,8 @@ class Found(NamedTuple):
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
     """All batches through one call after the other, merged over processes once for each call."""
-    by_segments = {id(batch.segments): batch for batch in batches}
-    shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_segments.items()}
+    by_kind = {batch.kind: batch for batch in batches}
+    shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_kind.items()}
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
     measured = []
     counter.expect(len(batches) * len(kept))
@@ -45,7 +45,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
             stage = Stage(asked, shared, base, call, keeps, waits)
             own = _measure_everywhere(stage, batches, cores, defaults)
             measured.append(own)
-            for key, one in by_segments.items():
+            for key, one in by_kind.items():
                 shared[key] |= one.segments.segments[call].statistics(*own.statistics)
             if keeps and base == 0:
                 for batch in batches:

@@ -50,13 +50,18 @@ class Batch:
     values: Values | None = None
     weights: Array | None = None
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Equal for batches that share what is no part of a batch: the segments, and the arrays that these take."""
+        return id(self.segments), id(self.closed)
+
 
 class Stage(NamedTuple):
     """The step of a run in which all batches get to the input of one call.
 
     Attributes:
         asked: the request.
-        shared: what holds for all batches, for each set of segments, by its id.
+        shared: what holds for all batches of a kind, by `Batch.kind`.
         base: the call from whose boundary batches start: what lives there is kept, or it is the data.
         call: the call whose input is measured.
         keeps: whether what lives after it is kept.
@@ -65,7 +70,7 @@ class Stage(NamedTuple):
     """
 
     asked: Request
-    shared: Mapping[int, Values]
+    shared: Mapping[tuple[int, int], Values]
     base: int
     call: int
     keeps: bool
@@ -166,7 +171,7 @@ def _most_ahead(stage: Stage) -> int | None:
 def _measure_batch(stage: Stage, batch: Batch) -> Moments:
     """The moments of the call's input in one batch, which then holds what the stage keeps."""
     segment = batch.segments.segments[stage.call]
-    shared = stage.shared[id(batch.segments)]
+    shared = stage.shared[batch.kind]
     values = _values(stage, batch, shared)
     retained: Values = {} if stage.keeps or batch.values is None else batch.values
     if stage.keeps:
