@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 CLIENTS_INSTALLED := $(VENV)-clients/.installed-$(VERSION)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train domains test mutation fuzz flax-suite clients readme docs notebooks lint bench clean
+.PHONY: train domains test mutation fuzz flax-suite clients readme docs notebooks lint bench dist clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ $(INSTALLED)-notebooks: $(INSTALLED)
 
 $(INSTALLED)-docs: $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
+$(INSTALLED)-dist: $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[dist]'
 	touch $@
 
 # Of SBX the critics alone are run, which need nothing but Flax.
@@ -96,6 +100,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/first_calls.py
 	$(BIN)/python benchmarks/imports.py
+
+dist: $(INSTALLED)-dist
+	$(BIN)/python tests/make_dist.py $(ARGS)
 
 clean:
 	rm -rf .venv* .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist site

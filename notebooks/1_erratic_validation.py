@@ -31,6 +31,12 @@
 # 256, and five epochs. It is `--preset article` of `scripts/train_mnist.py`, with a smaller network.
 
 # %%
+# Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
+import sys
+
+sys.path.append("notebooks")  # where lab.py is, seen from above
+
+# %%
 import jax
 import lab
 import matplotlib.pyplot as plt

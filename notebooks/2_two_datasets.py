@@ -31,6 +31,12 @@
 # with those of each. The training is that of `scripts/train_domains.py`.
 
 # %%
+# Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
+import sys
+
+sys.path.append("notebooks")  # where lab.py is, seen from above
+
+# %%
 import json
 import pathlib
 import tempfile

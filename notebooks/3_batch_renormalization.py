@@ -29,6 +29,12 @@
 # and 4). The paper's ramp goes from 5 000 to 40 000 steps; here it is scaled to the run.
 
 # %%
+# Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
+import sys
+
+sys.path.append("notebooks")  # where lab.py is, seen from above
+
+# %%
 import functools
 
 import jax

@@ -27,6 +27,12 @@
 # training, each for the same weights with each kind of statistics.
 
 # %%
+# Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
+import sys
+
+sys.path.append("notebooks")  # where lab.py is, seen from above
+
+# %%
 import functools
 
 import jax

@@ -19,6 +19,12 @@
 # take back a good part of the loss.
 
 # %%
+# Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
+import sys
+
+sys.path.append("notebooks")  # where lab.py is, seen from above
+
+# %%
 import functools
 
 import lab

@@ -116,7 +116,7 @@ def require_flatbuffers() -> None:
     if importlib.util.find_spec("flatbuffers") is None:
         raise ModuleNotFoundError(
             "jax.export needs the package flatbuffers to write and read modules, which is not installed: "
-            "`pip install flatbuffers`, or `pip install 'flaxbn[export]'`.",
+            "`pip install flatbuffers`, or flaxbn with its extra, `export`.",
             name="flatbuffers",
         )
 

@@ -389,7 +389,7 @@ class TestRefusals:
 
     def test_flatbuffers_missing(self, tmp_path, monkeypatch):
         _hide(monkeypatch, "flatbuffers")
-        with pytest.raises(ModuleNotFoundError, match=r"flatbuffers.*pip install 'flaxbn\[export\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install flatbuffers.*flaxbn with its extra, `export`"):
             export(tmp_path)
         with pytest.raises(ModuleNotFoundError, match="pip install flatbuffers"):
             flaxbn.load_inference(tmp_path / "model.zip")
