@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flaxbn.arithmetic.moments import merge
 from flaxbn.estimation.population import estimate_population_stats
 from flaxbn.models.arguments import Model, takes_model, with_batch_stats
-from flaxbn.models.batch_stats import dict_names
+from flaxbn.models.leaves import dict_names
 
 StatsByDomain = Mapping[str, Any]
 """For each name of a domain a `batch_stats` tree."""

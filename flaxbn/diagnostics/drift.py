@@ -12,7 +12,8 @@ from flaxbn.arithmetic.moments import Moments, is_moments, merge
 from flaxbn.data.tables import as_html, as_text
 from flaxbn.diagnostics.noise import BatchNoise
 from flaxbn.layers.names import layer_name
-from flaxbn.models.batch_stats import by_path, named_leaves
+from flaxbn.models.batch_stats import by_path
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.places import places_of
 from flaxbn.models.rows import RowsByLayer, seen_rows
 

@@ -18,8 +18,9 @@ from flaxbn.diagnostics.evidence import Evidence, Subject
 from flaxbn.diagnostics.findings import ESTIMATE, Finding, Trap
 from flaxbn.estimation.layer_moments import NotFiniteError
 from flaxbn.layers.names import layer_name
-from flaxbn.models.batch_stats import named_leaves, stored_layers
+from flaxbn.models.batch_stats import stored_layers
 from flaxbn.models.independence import BatchDependenceError, assert_batch_independent, outputs, split
+from flaxbn.models.leaves import named_leaves
 
 NOT_FINITE = Trap(
     "not finite",

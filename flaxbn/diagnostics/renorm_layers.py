@@ -17,7 +17,8 @@ from flaxbn.arithmetic.renorm import correction
 from flaxbn.data.samples import hide
 from flaxbn.layers.linen import BatchRenorm
 from flaxbn.models.arguments import Model, is_opened_nnx
-from flaxbn.models.batch_stats import as_tree, by_path, named_leaves
+from flaxbn.models.batch_stats import as_tree, by_path
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Path
 from flaxbn.models.rows import Row, RowsByLayer

@@ -11,7 +11,8 @@ from flaxbn.arithmetic.moments import Moments, is_moments, merge
 from flaxbn.data.progress import Progress
 from flaxbn.estimation.population_moments import population_moments
 from flaxbn.models.arguments import Model, open_model, takes_model
-from flaxbn.models.batch_stats import as_tree, by_path, named_leaves, replace_statistics
+from flaxbn.models.batch_stats import as_tree, by_path, replace_statistics
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Path, places_of
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from flaxbn.arithmetic.moments import Moments, merge_along
-from flaxbn.models.batch_stats import dict_names, named_leaves, stored_layers
+from flaxbn.models.batch_stats import stored_layers
+from flaxbn.models.leaves import dict_names, named_leaves
 from flaxbn.models.places import Pair
 
 

@@ -20,10 +20,11 @@ from flaxbn.data.samples import check_numbers
 from flaxbn.inference.artifact import require_flatbuffers, save
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.arguments import Model, check_concrete, is_opened_nnx, open_model, takes_model
-from flaxbn.models.batch_stats import by_path, named_leaves, replace_statistics, with_wide_statistics
+from flaxbn.models.batch_stats import by_path, replace_statistics, with_wide_statistics
 from flaxbn.models.entries import read_layers
 from flaxbn.models.evaluation_mode import check_evaluation
 from flaxbn.models.independence import assert_batch_independent
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.linen import Call, evaluate, trace
 from flaxbn.models.places import Path
 from flaxbn.models.rows import RowsByLayer, never_estimated, rows_of

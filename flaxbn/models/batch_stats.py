@@ -19,6 +19,7 @@ from jaxtyping import Array
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
 from flaxbn.data.placement import put_together
 from flaxbn.layers.names import layer_name, layer_path
+from flaxbn.models.leaves import dict_names, leaf_names, named_leaves
 from flaxbn.models.places import Pair, Path, named_pairs, path_of, places_of
 from flaxbn.models.recognized import statistics_names
 
@@ -78,11 +79,6 @@ def _numbered(paths: tuple[Path, ...], of_leaves: tuple[Any, ...], read: tuple[P
             f"`batch_stats` must hold fewer than {2**23} channels, to number them in float32: got {total}."
         )
     return StoredLayers(entries, total, places)
-
-
-def leaf_shapes(batch_stats: Any) -> dict[Path, tuple[int, ...]]:
-    """The shape of each leaf, by the dictionary keys on its path."""
-    return {names: np.shape(leaf) for names, leaf in named_leaves(batch_stats).items()}
 
 
 def with_wide_statistics(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -272,29 +268,6 @@ def select(layers: StoredLayers, only: Callable[[str], bool] | None) -> StoredLa
     return layers._replace(entries=wanted)
 
 
-def named_leaves(tree: Any) -> dict[Path, Any]:
-    """The leaves of a tree by the dictionary keys on their path, in the order of the tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    return dict(zip(leaf_names(tree, structure), leaves))
-
-
-def leaf_names(tree: Any, structure: Any) -> tuple[Path, ...]:
-    """The dictionary keys on the path of each leaf of a tree, whose structure is given."""
-    try:
-        return _names_of(structure)
-    except Exception:  # a box that looks at what is put into it, or whose metadata have no hash
-        return _names_in(tree)
-
-
-@functools.lru_cache(maxsize=_STRUCTURES)
-def _names_of(structure: Any) -> tuple[Path, ...]:
-    return _names_in(jax.tree.unflatten(structure, range(structure.num_leaves)))
-
-
-def _names_in(tree: Any) -> tuple[Path, ...]:
-    return tuple(dict_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
-
-
 def _check_distinct(paths: Sequence[Path], places: Mapping[Path, Pair]) -> None:
     """Layers are known by the keys of dictionaries: what lies in lists would count as one layer."""
     count = Counter(paths)
@@ -304,8 +277,3 @@ def _check_distinct(paths: Sequence[Path], places: Mapping[Path, Pair]) -> None:
             f"Each layer in `batch_stats` must have a name of its own: {', '.join(map(repr, map(layer_name, same)))} "
             "names several, in a list or tuple. Put them into a dictionary."
         )
-
-
-def dict_names(path: Any) -> Path:
-    """The dictionary keys of a tree path; a box around the leaf adds none."""
-    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxbn.models.arguments import Model, is_opened_nnx
-from flaxbn.models.batch_stats import StoredLayers, dict_names, leaf_shapes, named_leaves, stored_layers
+from flaxbn.models.batch_stats import StoredLayers, stored_layers
+from flaxbn.models.leaves import dict_names, leaf_shapes, named_leaves
 from flaxbn.models.places import Pair, Path, unnamed
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
 from flaxbn.tracing.program import Program

@@ -21,8 +21,8 @@ from flaxbn.data.samples import show
 from flaxbn.layers.linen import BatchNorm
 from flaxbn.layers.names import layer_label
 from flaxbn.models.arguments import Model, is_opened_nnx, model_class
-from flaxbn.models.batch_stats import named_leaves
 from flaxbn.models.first_call import explained_call
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.mark import running_module
 from flaxbn.models.nnx_calls import intercept_nnx
 from flaxbn.models.nnx_layers import evaluate_nnx_layer

@@ -11,8 +11,9 @@ import numpy as np
 from flaxbn.data.samples import hide
 from flaxbn.layers.names import layer_name
 from flaxbn.models.arguments import Model, open_model, takes_model
-from flaxbn.models.batch_stats import StoredLayers, named_leaves, stored_layers, with_wide_statistics
+from flaxbn.models.batch_stats import StoredLayers, stored_layers, with_wide_statistics
 from flaxbn.models.entries import candidates_in, read_layers
+from flaxbn.models.leaves import named_leaves
 from flaxbn.models.linen import Call, trace
 from flaxbn.models.places import Path, places_of
 

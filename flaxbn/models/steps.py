@@ -9,7 +9,8 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array
 
-from flaxbn.models.batch_stats import dict_names, named_leaves, stored_layers
+from flaxbn.models.batch_stats import stored_layers
+from flaxbn.models.leaves import dict_names, named_leaves
 from flaxbn.models.places import Path
 
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from flaxbn.layers.names import layer_name
-from flaxbn.models.batch_stats import dict_names, leaf_shapes, named_leaves
 from flaxbn.models.entries import Reading, float_shapes, known_leaves
+from flaxbn.models.leaves import dict_names, leaf_shapes, named_leaves
 from flaxbn.models.places import Path
 from flaxbn.tracing.jaxpr import with_outputs
 from flaxbn.tracing.kinds import tap_equations
