@@ -63,7 +63,8 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
     cores = lanes_for(arguments, nbytes)
     waiting: deque[Callable[[], Passed]] = deque()
     with Lanes(cores, tracing_options) as threads:
-        lanes = [_Lane(asked, is_thread=threads.number > 1) for _ in range(threads.number)]
+        lanes = [_Lane(asked, threads.number) for _ in range(threads.number)]
+        ahead = len(lanes) if len(lanes) > 1 else 0  # of results that are waited for; one lane computes at once
         most = in_group(data.length(), len(lanes), nbytes)
         for lane, group in zip(cycle(range(len(lanes))), _groups(asked, chain(first, batches), most)):
             if not group.compiled.has_stepped:  # it is compiled here: each thread would do so by itself
@@ -73,7 +74,7 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
                 group.compiled.has_stepped = True
             else:
                 waiting.append(threads.start(lane, lanes[lane].take, group))
-            if len(waiting) > len(lanes):
+            if len(waiting) > ahead:
                 yield waiting.popleft()()
         while waiting:
             yield waiting.popleft()()
@@ -125,24 +126,24 @@ def _groups(asked: Request, batches: Iterable[tuple[Any, Any]], most: int) -> It
 class _Lane:
     """Groups, one after the other: few buffers are open, the one that was used longest ago is merged first."""
 
-    def __init__(self, asked: Request, *, is_thread: bool) -> None:
+    def __init__(self, asked: Request, lanes: int) -> None:
         self._asked = asked
+        self._lanes = lanes
         self._chunks: dict[Hashable, _Chunk] = {}  # the one used last is the last
-        self._ahead = Ahead(0 if is_thread else _AHEAD)  # a thread waits for each: others run meanwhile
+        self._ahead = Ahead(0 if lanes > 1 else _AHEAD)  # a thread waits for each: others run meanwhile
 
     def take(self, group: _Group) -> Passed:
         """Takes one group more; gives the chunks that were merged."""
         count, *arguments = group.arguments(self._asked)
         *others, batches, present, numbers = arguments
         key, moments = group.compiled.moments_like(*others, batches[0], present, numbers[0])
-        chunk = self._chunks.pop(key, None)
-        done = []
-        if chunk is not None and not chunk.has_room(count):
-            done.append(chunk.merged())
-            chunk = None
-        chunk = chunk or _Chunk(group.compiled, moments)
+        chunk = self._chunks.pop(key, None) or _Chunk(group.compiled, moments, self._lanes)
         self._ahead.started(chunk.add(group, count, arguments))
-        self._chunks[key] = chunk
+        done = []
+        if chunk.is_full:
+            done.append(chunk.merged())
+        else:
+            self._chunks[key] = chunk
         if len(self._chunks) > _OPEN:
             done.append(self._chunks.pop(next(iter(self._chunks))).merged())
         return len(group.numbers), done
@@ -153,15 +154,21 @@ class _Lane:
 
 
 class _Chunk:
-    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers."""
+    """Batches whose moments are not merged yet; of any shapes, as long as they call the same layers.
 
-    def __init__(self, like: Pass, moments: list[Record]) -> None:
+    The buffers of all lanes together are as large as that of one alone.
+    """
+
+    def __init__(self, like: Pass, moments: list[Record], lanes: int) -> None:
         self._numbers: list[int] = []
         self._like = like
-        self._buffer = room(moments, like.chunk)
+        self._most = max(like.together, like.chunk // lanes)
+        self._buffer = room(moments, self._most)
 
-    def has_room(self, batches: int) -> bool:
-        return len(self._numbers) + batches <= self._like.chunk
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another group."""
+        return len(self._numbers) + self._like.together > self._most
 
     def add(self, group: _Group, count: int, arguments: Sequence[Any]) -> Any:
         """Takes a group more; returns a token, which is ready when it is done."""

@@ -107,7 +107,7 @@ def test_statistics_that_are_not_finite_name_the_batch_on_any_device(devices):
     [
         (r"say by `sharding` how batches are split.*`sharding=flaxbn.data_sharding\(\)`", {"sharding": None}),
         (r'those of the whole set.*leave `normalization_batch` at "global", got \'device\'', {"method": "exact"}),
-        (r'must be "global" or "device": got \'local\'', {"normalization_batch": "local"}),
+        (r'must be "global", "device", or a positive integer: got \'local\'', {"normalization_batch": "local"}),
     ],
 )
 def test_errors_of_normalization_batch(message, options):
@@ -139,14 +139,14 @@ def test_a_stream_is_read_ahead_of_the_devices(devices, together, options):
     """
     if "sharding" in options:
         options = {**options, "sharding": flaxbn.data_sharding()}
-    busy = []
+    busy, size = [], 48 if together == 1 else 24
     jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
 
     def stream():
         with jax.transfer_guard_device_to_host("disallow"):
             for i in range(together + 3):
                 busy.append(any(not (array.is_deleted() or array.is_ready()) for array in jax.live_arrays()))
-                yield X[24 * i : 24 * (i + 1)]
+                yield X[size * i : size * (i + 1)]
 
     found = estimate(stream(), call=slow_call, **options)
     assert busy[together:] == [True, True, True]

@@ -122,7 +122,8 @@ class Estimate(Check):
         return twice
 
     def refused(self, case):
-        pads = self.sharded and any(size % jax.device_count() for size in case.data.batches)
+        sizes = {len(rows) for rows in case.data.rows}
+        pads = self.sharded and any(size % jax.device_count() for size in sizes)
         unknown = case.has_merged and not self.by_device and (pads or case.data.weights is not None)
         return "the batch axis of each layer's input must be known" if unknown else None
 
