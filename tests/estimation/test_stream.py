@@ -14,30 +14,10 @@ import flaxbn
 from flaxbn.estimation.stream import in_group
 from flaxbn.estimation.threads import Lanes
 
-CORES = 3
+pytestmark = pytest.mark.usefixtures("three_cores")
 X = np.random.default_rng(0).normal(1.0, 2.0, (2048, 256)).astype(np.float32)
 MODEL = MLP((8, 6))
 VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X[:2])
-
-
-@pytest.fixture(autouse=True)
-def _three_cores(monkeypatch):
-    """Whatever this machine has."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(CORES)), raising=False)
-
-
-@pytest.fixture
-def waiting_threads(monkeypatch):
-    """The threads in which a result is waited for."""
-    seen = set()
-    wait = jax.block_until_ready
-
-    def noted(value):
-        seen.add(threading.current_thread())
-        return wait(value)
-
-    monkeypatch.setattr(jax, "block_until_ready", noted)
-    return seen
 
 
 def cut(*sizes):
@@ -59,24 +39,24 @@ def test_the_statistics_are_those_of_one_batch_after_the_other(sizes, reads):
     assert_same_statistics(estimate(reads(batches)), by_training_mode(MODEL, VARIABLES, batches, train))
 
 
-def test_batches_are_computed_in_threads_one_like_another(waiting_threads):
+def test_batches_are_computed_in_threads_one_like_another(threads):
     first = estimate(cut(*[64] * 24))
-    assert waiting_threads - {threading.main_thread()}
+    assert threads - {threading.main_thread()}
     jax.tree.map(np.testing.assert_array_equal, first, estimate(cut(*[64] * 24)))
     before = threading.active_count()
     estimate(iter(cut(*[64] * 24)))
     assert threading.active_count() == before
 
 
-def test_small_batches_are_not_worth_a_thread(waiting_threads):
+def test_small_batches_are_not_worth_a_thread(threads):
     estimate(cut(*[63] * 24))  # of less than 64 KiB
-    assert waiting_threads <= {threading.main_thread()}
+    assert threads <= {threading.main_thread()}
 
 
-def test_options_that_hold_for_one_thread(waiting_threads):
+def test_options_that_hold_for_one_thread(threads):
     with jax.default_matmul_precision("highest"):
         estimate(cut(*[64] * 8))
-    assert waiting_threads <= {threading.main_thread()}
+    assert threads <= {threading.main_thread()}
 
 
 @pytest.mark.parametrize("bad", [0, 9, 23])

@@ -14,27 +14,8 @@ from flaxbn.estimation.threads import Cores, cores_for
 X = np.random.default_rng(0).normal(1.0, 2.0, (4097, 256)).astype(np.float32)  # 4 MiB: worth two threads and more
 MODEL = MLP((8, 6))
 VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X[:2])
-CORES = 3
-
-
-@pytest.fixture(autouse=True)
-def _three_cores(monkeypatch):
-    """Whatever this machine has: what the operating system says is what is asked."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(CORES)), raising=False)
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """The threads in which jax is waited for."""
-    seen = set()
-    wait = jax.block_until_ready
-
-    def noted(value):
-        seen.add(threading.current_thread())
-        return wait(value)
-
-    monkeypatch.setattr(jax, "block_until_ready", noted)
-    return seen
+CORES = 3  # of `three_cores`
+pytestmark = pytest.mark.usefixtures("three_cores")
 
 
 def estimate(x=X, **options):

@@ -1,0 +1,26 @@
+"""What is needed to see threads at work."""
+
+import threading
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def three_cores(monkeypatch):
+    """Whatever this machine has: what the operating system says is what is asked."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(3)), raising=False)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """The threads in which jax is waited for."""
+    seen = set()
+    wait = jax.block_until_ready
+
+    def noted(value):
+        seen.add(threading.current_thread())
+        return wait(value)
+
+    monkeypatch.setattr(jax, "block_until_ready", noted)
+    return seen
