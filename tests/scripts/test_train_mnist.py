@@ -27,9 +27,11 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, divergence, independence, journal, mode_results, results, train_mnist, training = map(
-    importlib.import_module,
-    ("data", "divergence", "independence", "journal", "mode_results", "results", "train_mnist", "training"),
+data, divergence, independence, journal, mode_results = map(
+    importlib.import_module, ("data", "divergence", "independence", "journal", "mode_results")
+)
+networks, results, train_mnist, training = map(
+    importlib.import_module, ("networks", "results", "train_mnist", "training")
 )
 
 MODES = ["none", "running", "unestimated", "population"]
@@ -115,7 +117,7 @@ class TestRun:
         assert exported == set(MODES) - {"unestimated"}
         folder, images = out / "checkpoints" / "population" / "seed0", data.load("digits").test.images[:5]
         inference = flaxbn.load_inference(folder / "inference.zip")
-        model = training.CNN(10, flaxbn.BatchNorm)
+        model = networks.CNN(10, flaxbn.BatchNorm)
         expected = model.apply(restore(folder / "model"), images)
         np.testing.assert_allclose(inference(images), expected, rtol=1e-4, atol=1e-4)
         assert [layer["count"] for layer in inference.metadata["statistics"].values()] == [500 * 16, 500 * 4, 500 * 4]
