@@ -7,6 +7,7 @@ scikit-learn's digits and two seeds, which need no files.
 
 import collections
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -164,6 +165,16 @@ def log_percent(ax: plt.Axes) -> None:
 def say(*claims: str) -> Markdown:
     """Claims, each with what this run measured."""
     return Markdown("\n".join(f"- {claim}" for claim in claims))
+
+
+def keep(notebook: str, **figures: Any) -> None:
+    """Writes the figures of a full run to notebooks/results, from where docs/evidence.md has them."""
+    if FULL and not TRIAL:
+        folder = pathlib.Path(__file__).parent / "results"
+        folder.mkdir(exist_ok=True)
+        content = {"seeds": len(SEEDS), "device": jax.devices()[0].device_kind, "jax": jax.__version__, **figures}
+        text = json.dumps(content, indent=1, default=lambda value: np.asarray(value).tolist())
+        (folder / f"{notebook}.json").write_text(text + "\n")
 
 
 def scale(*names: str) -> Markdown:
