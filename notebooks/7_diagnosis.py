@@ -522,3 +522,20 @@ lab.keep(
     false_alarms={trap: alarms(trap).mean(1) for trap in NAMES},
     healthy_with_a_finding=np.mean(np.reshape([*map(bool, healthy)], (-1, len(lab.SEEDS))), 0),
 )
+
+# %% [markdown]
+# ## What follows
+#
+# - A finding says which trap a network is in, and not what that costs. The last line of a printed diagnosis says what
+#   the stored statistics cost in training loss; what small or sorted batches have cost, only another training tells.
+# - Statistics that were never estimated and a model in training mode are seen for certain, harmful or not: they are no
+#   matter of degree. A lagging average, small batches and mixed domains are measured against the noise of a batch,
+#   which is a convention; "missed" and "named, though" above say where it is too lax or too strict for these networks.
+# - Give the batches in the order of training, and `domain` where there are domains: without them sorted batches and
+#   mixed domains cannot be seen.
+#
+# ## Against the literature
+#
+# Three of the traps are those of Irpan 2017, "On The Perils of Batch Norm": a policy that ran in training mode, a model
+# restored in training mode, and two datasets with one moving average. He tells of at least six hours for the second,
+# and of luck for the third.
