@@ -29,7 +29,7 @@
 # | inert ramp | `BatchRenorm`, whose ramp begins later | the batches | the same training, a ramp that opens |
 #
 # A full run takes a narrow ResNet-20 on CIFAR-10, by the command `make notebooks FULL=1 DATA_DIR=DIR ARGS="-k
-# 7_diagnosis"`; the small one three convolutions on digits, and of each trap the last strength only.
+# 7_diagnosis"`; the small one two convolutions on digits, and of each trap the last strength only.
 
 # %%
 # Runs in a copy of the repository, in this folder or the one above, after: pip install '.[scripts,notebooks]'
@@ -39,8 +39,11 @@ sys.path.append("notebooks")  # where lab.py is, seen from above
 
 # %%
 import functools
+import os
 import tempfile
 from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # many programs, each of which runs for a short time
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +61,9 @@ if not jax.config.jax_compilation_cache_dir:  # a diagnosis compiles anew: the s
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 data = lab.load("cifar10")
-BATCH, LOOKED_AT = 64, 64 if lab.FULL else 16  # examples in a batch, batches that a diagnosis looks at
-COMMON, LAST = (60, 30) if lab.TRIAL else (600, 100) if lab.FULL else (60, 20)  # steps before a trap, and with it
+BATCH, LOOKED_AT = 64, 48 if lab.FULL else 16  # examples in a batch, batches that a diagnosis looks at
+COMMON, LAST = (60, 30) if lab.TRIAL else (400, 100) if lab.FULL else (60, 20)  # steps before a trap, and with it
+BEGIN = 5_000  # the step at which the ramp begins, as in the paper
 STRENGTHS = slice(None) if lab.FULL else slice(2, 3)
 PARTS = (0.25, 0.5, 1)  # of a sorted batch
 RAMPS = ((0, "batches at random"), (0.5, "half of one class"), (1, "all of one class"))
@@ -78,25 +82,24 @@ lab.scale("cifar10")
 
 # %%
 def network(norm):
-    return lab.resnet(norm) if lab.FULL else lab.network(norm)
+    return lab.resnet(norm) if lab.FULL else lab.networks.CNN(10, norm, lab.LAYERS[:2])
 
 
-def opening(end):
-    """A bound that goes from that of batch normalization to `end` in the first half of the last steps."""
-    return optax.linear_schedule(1 if end == 3 else 0, end, LAST // 2)
+def ramp(start, end):
+    """A bound that goes from that of batch normalization to `end` in half of the last steps, from step 5 000 on."""
+    return optax.linear_schedule(start, end, LAST // 2, BEGIN)
 
 
 MODEL = network(flaxbn.BatchNorm)
 OF_EACH_BATCH = network(functools.partial(flaxbn.BatchNorm, momentum=0.0))  # its statistics are those of the last batch
 OF_EACH_DOMAIN = network(functools.partial(flaxbn.BatchNorm, num_domains=2))
-INERT = network(flaxbn.BatchRenorm)  # the ramp of the paper, which begins at step 5 000
-OPENING = network(functools.partial(flaxbn.BatchRenorm, momentum=0.9, r_max=opening(3), d_max=opening(5)))
+RENORM = network(functools.partial(flaxbn.BatchRenorm, momentum=0.9, r_max=ramp(1, 3), d_max=ramp(0, 5)))
 GROUPS = {
     n: network(functools.partial(flaxbn.BatchNorm, momentum=0.0, virtual_batch_size=n)) for n in (16, 4, 2)[STRENGTHS]
 }
 SCHEDULE = optax.join_schedules([optax.constant_schedule(RATE), optax.cosine_decay_schedule(RATE, LAST)], [COMMON])
 OPTIMIZER = optax.adam(SCHEDULE)
-MOMENTA = (0.9, 0.99, 0.997, 0.999)
+MOMENTA = (0.9, 0.95, 0.99, 0.999)
 
 
 @jax.jit
@@ -316,22 +319,21 @@ def domains(start, seed, order):
 
 
 def ramps(start, orders, plain):
-    """With a ramp that lies beyond the training, which is batch normalization, and with one that opens."""
+    """With a ramp that lies beyond the training, which is batch normalization; and with one that opens: steps count."""
     first = training.State(*map(renamed, start))
-    first = first._replace(batch_stats=counted(estimated(start), 0))
+    first = first._replace(batch_stats=counted(estimated(start), BEGIN))
     for part, words in RAMPS[STRENGTHS]:
         order, looked = orders[part]
         state, right = plain[part]
-        opened = lab.last(steps_from(OPENING, first, order))
-        stats = estimated(opened, model=OPENING)
-        as_plain = {
-            k: {"mean": s["mean"], "var": s["var"]} for k, s in renamed(stats, "BatchRenorm", "BatchNorm").items()
-        }
-        harm = error(state.params, right) - error(renamed(opened.params, "BatchRenorm", "BatchNorm"), as_plain)
+        opened = lab.last(steps_from(RENORM, first, order))
+        stats = estimated(opened, model=RENORM)
+        params, as_plain = (renamed(tree, "BatchRenorm", "BatchNorm") for tree in (opened.params, stats))
+        as_plain = {name: {"mean": s["mean"], "var": s["var"]} for name, s in as_plain.items()}
+        harm = error(state.params, right) - error(params, as_plain)
         inert = counted(right, COMMON + LAST)
-        yield Planted("inert ramp", words, INERT, renamed(state.params), inert, looked, harm)
-        if part < 1:
-            yield Planted(NOTHING, f"ramp that opens, {words}", OPENING, opened.params, stats, looked)
+        yield Planted("inert ramp", words, RENORM, renamed(state.params), inert, looked, harm)
+        if part == 0:
+            yield Planted(NOTHING, "ramp that opens", RENORM, opened.params, stats, looked)
 
 
 # %%
@@ -350,11 +352,12 @@ def plant(seed):
     (order, looked), (state, right) = orders[0], plain[0]
     without = error(state.params, right)
     yield Planted(NOTHING, "estimated", MODEL, state.params, right, looked)
-    yield Planted(NOTHING, "momentum 0.9", MODEL, state.params, averages[0.9], looked)
+    harm = error(state.params, averages[0.9]) - without
+    yield Planted(NOTHING, "running average, momentum 0.9", MODEL, state.params, averages[0.9], looked, harm)
     for *planted, harm in (*lagging(state, averages, right), *never_estimated(state, right)):
         yield Planted(*planted, looked, harm)
     for *planted, harm in training_mode(state, right):
-        yield Planted(*planted, looked, harm, int(planted[1].split()[-1]), call=in_training)
+        yield Planted(*planted, looked, harm, call=in_training)
     for *planted, harm in small_groups(start, order, without):
         yield Planted(*planted, looked, harm, int(planted[1].split()[-1]))
     for part in PARTS[STRENGTHS]:
@@ -368,8 +371,8 @@ def plant(seed):
 # %% [markdown]
 # ## Diagnosing
 #
-# `diagnose` is given what its page asks for: the network, the training data in the order of training, the batch size,
-# and the domains where there are two. It is not told what was planted.
+# `diagnose` is given what its page asks for: the network, the training data in the order of training, the batch size of
+# training, and the domains where there are two. It is not told what was planted.
 
 # %%
 NAMES = {  # what diagnose calls each trap
@@ -464,7 +467,10 @@ def harm(trap):
 HARMFUL = 1.0  # point of test error
 rows = [
     f"| {trap} | "
-    + " | ".join(f"{hit:.0%} ({lab.over_seeds(lost, '.1f')})" for hit, lost in zip(hits(trap).mean(0), harm(trap).T))
+    + " | ".join(
+        [f"{hit:.0%} ({lab.over_seeds(lost, '.1f')})" for hit, lost in zip(hits(trap).mean(0), harm(trap).T)]
+        + ["-"] * (3 - hits(trap).shape[1])
+    )
     + f" | {np.mean(hits(trap)):.0%} | {np.mean(alarms(trap)):.1%} |"
     for trap in NAMES
 ]
@@ -517,8 +523,8 @@ lab.keep(
     share=share,
     harm=np.array([harms[case] for case in cases]).T,
     hits={trap: hits(trap).mean(1) for trap in NAMES},
-    hits_where_harmful=[of_seed[hurts].mean() for of_seed, hurts in zip(hit, bad)],
-    hits_where_harmless=[of_seed[~hurts].mean() for of_seed, hurts in zip(hit, bad)],
+    hits_where_harmful=[np.mean(of_seed[hurts]) for of_seed, hurts in zip(hit, bad)],
+    hits_where_harmless=[np.mean(of_seed[~hurts]) for of_seed, hurts in zip(hit, bad)],
     false_alarms={trap: alarms(trap).mean(1) for trap in NAMES},
     healthy_with_a_finding=np.mean(np.reshape([*map(bool, healthy)], (-1, len(lab.SEEDS))), 0),
 )
