@@ -271,17 +271,14 @@ CELLS = {
 
 
 def verdict(start, end):
-    """How bad a mismatch is: its largest mean loss on a dataset, in points."""
-    worst = max(np.mean(test_accuracy(*start, name) - test_accuracy(*end, name)) for name in prepared.domains)
-    return "a catastrophe" if worst > 20 else "a clear loss" if worst > 2 else "little or no loss", max(worst, 0)
+    """How bad a mismatch is, on the dataset that loses more."""
+    losses = {name: test_accuracy(*start, name) - test_accuracy(*end, name) for name in prepared.domains}
+    name, loss = max(losses.items(), key=lambda item: item[1].mean())
+    word = "a catastrophe" if loss.mean() > 20 else "a clear loss" if loss.mean() > 2 else "little or no loss"
+    return f"{word}: {lab.over_seeds(loss, '.1f')} points on {name}, which loses more"
 
 
-lab.say(
-    *(
-        "{} is here {}: {:.1f} points on the dataset that loses more.".format(mismatch, *verdict(*cells))
-        for mismatch, cells in CELLS.items()
-    )
-)
+lab.say(*(f"{mismatch} is here {verdict(*cells)}." for mismatch, cells in CELLS.items()))
 
 # %%
 lab.keep(

@@ -343,6 +343,15 @@ def interval(values):
 
 # %%
 COLORS = [lab.ORANGE if "shared" in way else lab.BLUE if way.startswith(("by", "affine")) else lab.GREY for way in ways]
+LABELS = {
+    "learned there, with labels": "logistic regression, learned there",
+    "shared": "MLP: all three → all three",
+    "shared, own": "MLP: all three → its own",
+    "by hospital, pooled": "MLP: each its own → all three",
+    "by hospital, own": "MLP: each its own → its own",
+    "by hospital, blended": "MLP: each its own → blended",
+    "affine by hospital, own": "MLP, affine: each its own → its own",
+}
 XLABELS = {"AUC": "AUC (higher is better)", "Brier score": "Brier score (lower is better)"}
 XLABELS["bias"] = "bias: mean probability\nminus share of the ill"
 figure, axes = plt.subplots(3, 4, figsize=(13, 10), sharey=True, sharex="row")
@@ -355,7 +364,8 @@ for row, (measure, xlabel) in zip(axes, XLABELS.items()):
         ax.set_xlabel(xlabel)
         if measure != "Brier score":
             ax.axvline(0 if measure == "bias" else 0.5, color="black", linewidth=0.8, linestyle=":")
-    row[0].set_yticks(range(len(ways)), ways)
+    row[0].set_yticks(range(len(ways)), [LABELS.get(way, way) for way in ways])
+    row[0].set_ylabel("statistics in training → at the test")
     row[0].set_ylim(len(ways) - 0.5, -0.5)
 for ax, fourth in zip(axes[0], names):
     truth = by_site[fourth].labels
