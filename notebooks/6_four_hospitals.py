@@ -369,9 +369,10 @@ for row, (measure, xlabel) in zip(axes, XLABELS.items()):
     row[0].set_ylim(len(ways) - 0.5, -0.5)
 for ax, fourth in zip(axes[0], names):
     truth = by_site[fourth].labels
-    ax.set_title(f"learned at the other three, tested at\n{fourth} ({len(truth)} patients, {truth.sum()} ill)")
+    ax.set_title(f"tested at {fourth}\n({len(truth)} patients, {truth.sum()} ill)")
 figure.suptitle(
-    f"Point: mean over {len(lab.SEEDS)} seeds. Line: 95 % of {RESAMPLES} resamples of patients and seeds",
+    f"Learned at the other three. Point: mean over {len(lab.SEEDS)} seeds. "
+    f"Line: 95 % of {RESAMPLES} resamples of patients and seeds",
     fontsize="medium",
 )
 plt.show()
