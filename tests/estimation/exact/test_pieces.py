@@ -8,8 +8,7 @@ from models import train
 from oracle import assert_same_statistics, by_training_mode
 
 import flaxbn
-from flaxbn.data import placement
-from flaxbn.estimation.exact import layer_by_layer, pieces, verify
+from flaxbn.estimation.exact import pieces
 
 WIDTH = 8192  # 32 KiB a sample between the layers: 96 samples in a piece
 
@@ -40,13 +39,6 @@ def estimate(x=X, model=MODEL, **options):
 
 def planned(model=MODEL, **options):
     return flaxbn.plan(model, VARIABLES, X, **({"batch_size": 240} | options)).batches
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Every device counts as one."""
-    for module in (placement, pieces, layer_by_layer, verify):
-        monkeypatch.setattr(module, "on_accelerator", lambda tree: True, raising=False)
 
 
 def test_smaller_pieces_on_a_cpu():
