@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         number: its place in the data, from 0.
         size: its samples, without padding; None where its arrays share no axis of samples.
-        read: gives its arrays.
+        read: gives its arrays, or with a number at most so many of their samples.
         segments: what runs it.
         closed: the arrays that these take besides.
         values: what is kept of it at the last kept boundary; None where that is the data.
@@ -44,7 +44,7 @@ class Batch:
 
     number: int
     size: int | None
-    read: Callable[[], Any]
+    read: Callable[..., Any]
     segments: Segments
     closed: Closed
     values: Values | None = None

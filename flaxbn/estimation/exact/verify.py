@@ -137,9 +137,8 @@ class IndependenceCheck:
 
     def _start_doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
         """The same of its first examples, by one program that is started here, on an accelerator."""
-        weights, arrays = self._weights(), batch.read()
-        if count_samples(arrays) > _ENOUGH:
-            arrays, weights = jax.tree.map(lambda a: a[:_ENOUGH], (arrays, weights))
+        weights, arrays = self._weights(), batch.read(_ENOUGH)
+        weights = None if weights is None else weights[: count_samples(arrays)]
         packed = self._run(_Doubled, [arrays], [weights], statistics)
         entries, is_complex = batch.segments.entries, batch.segments.calls.is_complex
 
@@ -214,7 +213,7 @@ def _reads_size(asked: Request, batch: Batch) -> bool:
     """
     segments = batch.segments
     if segments.reads_size is None:
-        one_more = abstract(batch.read(), 1 + (segments.calls.samples or 0))
+        one_more = abstract(batch.read(1), 1 + (segments.calls.samples or 0))
         shapes = shapes_of(asked.variables, one_more, asked.rngs, present=None)
         try:
             _, longer = traced(asked.options, shapes.abstract(), unroll)

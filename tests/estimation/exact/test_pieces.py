@@ -8,6 +8,7 @@ from models import train
 from oracle import assert_same_statistics, by_training_mode
 
 import flaxbn
+from flaxbn.data.batches import Arrays
 from flaxbn.estimation.exact import pieces
 
 WIDTH = 8192  # 32 KiB a sample between the layers: 96 samples in a piece
@@ -49,6 +50,16 @@ def test_smaller_pieces_on_a_cpu():
 def test_larger_pieces_on_an_accelerator(accelerator):
     assert planned(batch_size=40) == 1
     assert_same_statistics(estimate(batch_size=40), WHOLE)
+
+
+def test_the_check_on_an_accelerator_reads_a_few_examples(accelerator, monkeypatch):
+    """Of a piece that holds all of the data; on the host that would be copied once more."""
+    read, take = [], Arrays.take
+    monkeypatch.setattr(Arrays, "take", lambda data, places: read.append(places.tolist()) or take(data, places))
+    estimate(batch_size=40)
+    assert read == [list(range(480)), list(range(128))]
+    with pytest.raises(flaxbn.BatchDependenceError):
+        estimate(batch_size=40, call=lambda module, x: module(x - x.mean(0)))
 
 
 def test_pieces_are_of_one_size_if_that_takes_few_more():
