@@ -59,7 +59,7 @@ def test_the_check_on_an_accelerator_reads_a_few_examples(accelerator, monkeypat
     estimate(batch_size=40)
     assert read == [list(range(480)), list(range(128))]
     with pytest.raises(flaxbn.BatchDependenceError):
-        estimate(batch_size=40, call=lambda module, x: module(x - x.mean(0)))
+        estimate(batch_size=40, call=lambda module, x: module(x - x.mean(0, keepdims=True)))
 
 
 def test_pieces_are_of_one_size_if_that_takes_few_more():
