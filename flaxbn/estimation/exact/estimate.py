@@ -57,7 +57,7 @@ def _pass(
     calls = _agreed(gather(_signature(batches)))
     found = run(asked, batches, kept or [True] * calls, counter)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
-    result = Result(entries, range(len(batches)), found.moments, found.first_bad)
+    result = Result.of_calls(entries, range(len(batches)), found.moments, found.first_bad)
 
     def verify() -> None:
         check_finite([result], asked.layers)
