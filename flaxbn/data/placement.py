@@ -67,10 +67,18 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(sharding.mesh, spec(leaf)), tree))
 
 
+def array_types(leaves: Iterable[Any]) -> set[type]:
+    """The types of jax's arrays among leaves, traced ones too: asked once for each, and not for hundreds of leaves."""
+    return {kind for kind, leaf in {type(leaf): leaf for leaf in leaves}.items() if isinstance(leaf, jax.Array)}
+
+
 def on_device(tree: Any) -> Any:
     """A tree of arrays as jax arrays: those that are none go to the default device."""
     leaves, structure = jax.tree.flatten(tree)
-    missing = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    there = array_types(leaves)
+    missing = [i for i, leaf in enumerate(leaves) if type(leaf) not in there]
+    if not missing:
+        return tree
     put = dict(zip(missing, put_together([np.asarray(leaves[i]) for i in missing])))
     return jax.tree.unflatten(structure, [put.get(i, leaf) for i, leaf in enumerate(leaves)])
 
