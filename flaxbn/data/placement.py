@@ -106,6 +106,17 @@ def put_together(arrays: Sequence[np.ndarray]) -> list[jax.Array]:
     return found
 
 
+def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
+    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
+    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
+    if not bound:
+        return put_together(new)
+    free = [i for i in range(len(old)) if i not in set(bound)]
+    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
+    placed |= zip(free, put_together([new[i] for i in free]))
+    return [placed[i] for i in range(len(old))]
+
+
 _SMALL = 2**16  # bytes; what is larger is not copied once more to save a transfer
 _FEW = 16  # arrays; for fewer a program that cuts them is not worth compiling
 _CUT = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int32), jnp.dtype(jnp.bfloat16), np.dtype(np.float16))

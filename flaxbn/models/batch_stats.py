@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
-from flaxbn.data.placement import put_together
+from flaxbn.data.placement import placed_as
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.leaves import dict_names, leaf_names, named_leaves
 from flaxbn.models.places import Pair, Path, named_pairs, path_of, places_of
@@ -231,17 +231,6 @@ def _check_finite(names: Sequence[Path], values: Sequence[np.ndarray]) -> None:
                 f"The population statistics of '{layer_name(name[:-1])}' must be finite in the dtype in which "
                 f"`batch_stats` stores them: its {name[-1]} overflows {value.dtype}. Store it in float32."
             )
-
-
-def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
-    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
-    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
-    if not bound:
-        return put_together(new)
-    free = [i for i in range(len(old)) if i not in set(bound)]
-    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
-    placed |= zip(free, put_together([new[i] for i in free]))
-    return [placed[i] for i in range(len(old))]
 
 
 def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], pairs: Mapping[Path, Pair | None]) -> None:

@@ -1,6 +1,7 @@
 """What a call costs beside computing: programs that are started, as the profiler of jax counts them."""
 
 import pathlib
+import sys
 
 import flax.linen as nn
 import jax
@@ -53,3 +54,28 @@ def test_an_exact_pass_starts_one_for_each_batch_of_each_layer(tmp_path):
     """On a CPU; what merges batches there is no program."""
     few, many = started(tmp_path / "few", 2, "exact"), started(tmp_path / "many", 12, "exact")
     assert many - few == (12 - 2) * BATCHES
+
+
+def test_the_host_does_little_for_each_layer():
+    """Calls of functions, of Python and of C, counted by Python itself: about 120 for a layer and its four leaves."""
+
+    def calls(layers):
+        model = Deep(layers)
+        variables = jax.jit(model.init)(jax.random.key(0), X[:2])
+        data, count = jax.device_put(X), 0
+
+        def on_event(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        for _ in range(2):
+            flaxbn.estimate_population_stats(model, variables, data, batch_size=12)
+        sys.setprofile(on_event)
+        try:
+            flaxbn.estimate_population_stats(model, variables, data, batch_size=12)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    print((calls(12) - calls(2)) / 10)
+    assert 0 < calls(12) - calls(2) <= 10 * 130
