@@ -57,7 +57,7 @@ def test_an_exact_pass_starts_one_for_each_batch_of_each_layer(tmp_path):
 
 
 def test_the_host_does_little_for_each_layer():
-    """Calls of functions, of Python and of C, counted by Python itself: about 120 for a layer and its four leaves."""
+    """Calls of functions, of Python and of C, counted by Python itself: about 100 for a layer and its four leaves."""
 
     def calls(layers):
         model = Deep(layers)
@@ -77,5 +77,4 @@ def test_the_host_does_little_for_each_layer():
             sys.setprofile(None)
         return count
 
-    print((calls(12) - calls(2)) / 10)
     assert 0 < calls(12) - calls(2) <= 10 * 130
