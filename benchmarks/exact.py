@@ -35,8 +35,9 @@ import tables
 
 import flaxbn
 
-CNN = functools.partial(networks.CNN, layers=((16, 1), (32, 2), (64, 2), (64, 1)))
-MODELS = {"CNN": (CNN, [32]), "ResNet-20": (networks.ResNet20, [32, 128]), "ResNet-50": (networks.ResNet50, [32, 128])}
+CNN = functools.partial(harness.CNN, layers=((16, 1), (32, 2), (64, 2), (64, 1)))
+RESNET20, RESNET50 = (functools.partial(network, 10) for network in (networks.ResNet20, networks.ResNet50))
+MODELS = {"CNN": (CNN, [32]), "ResNet-20": (RESNET20, [32, 128]), "ResNet-50": (RESNET50, [32, 128])}
 LIMITS = {"none": None, "60 %": 0.6, "25 %": 0.25}
 BASELINES = ("precise", "evaluation")
 MIB = 2**20

@@ -1,5 +1,6 @@
 """Interleaved timing, and what is written about it."""
 
+import functools
 import itertools
 import json
 import math
@@ -18,9 +19,11 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 
+import networks
 import tables
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+CNN = functools.partial(networks.CNN, 10, layers=((16, 1), (32, 2), (64, 2)), kernel=3)
 # With glibc's defaults, buffers of 32 MiB and more are mapped afresh in every call, and what is timed is the kernel
 # that clears their pages.
 ALLOCATOR = {

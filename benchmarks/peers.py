@@ -27,11 +27,12 @@ import torch_networks
 import flaxbn
 
 WIDE = ((32, 1), (64, 2), (128, 2))
-RESNET50 = functools.partial(networks.ResNet50, width=64, stem=True)
+RESNET20 = functools.partial(networks.ResNet20, 10)
+RESNET50 = functools.partial(networks.ResNet50, 10, width=64, stem=True)
 MODELS = {
-    "CNN": (functools.partial(networks.CNN, layers=WIDE), (28, 28, 1), 5120, 256),
-    "ResNet-20": (networks.ResNet20, (32, 32, 3), 1280, 128),
-    "ResNet-50": (networks.ResNet50, (32, 32, 3), 1280, 128),
+    "CNN": (functools.partial(harness.CNN, layers=WIDE), (28, 28, 1), 5120, 256),
+    "ResNet-20": (RESNET20, (32, 32, 3), 1280, 128),
+    "ResNet-50": (functools.partial(networks.ResNet50, 10), (32, 32, 3), 1280, 128),
     "ResNet-50 at 128": (RESNET50, (128, 128, 3), 2560, 128),
     "ResNet-50 at 224": (RESNET50, (224, 224, 3), 2560, 128),
 }

@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxbn
 
-MODELS = {"CNN": (networks.CNN, (28, 28, 1)), "ResNet-20": (networks.ResNet20, (32, 32, 3))}
+MODELS = {"CNN": (harness.CNN, (28, 28, 1)), "ResNet-20": (functools.partial(networks.ResNet20, 10), (32, 32, 3))}
 BATCH_SIZE = 128
 
 

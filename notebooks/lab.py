@@ -1,11 +1,13 @@
 """What the notebooks share: the scale of a run, the data, one training loop, means over the seeds.
 
-FULL=1 in the environment asks for MNIST (and USPS) and five seeds, DATA_DIR names the folder that holds them as
-folders of IDX files; otherwise it is scikit-learn's digits and two seeds.
+FULL=1 in the environment asks for the real data sets and five seeds, DATA_DIR names the folder that holds them as
+folders of IDX files; TRIAL=1 besides takes the first few of them, one seed and little of everything. Without FULL it is
+scikit-learn's digits and two seeds, which need no files.
 """
 
 import collections
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -24,10 +26,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 
 import data
 import figures
+import networks
 import training
 
 FULL = os.environ.get("FULL", "") not in ("", "0")
-DATASET, SEEDS = ("mnist", range(5)) if FULL else ("digits", range(2))
+TRIAL = FULL and os.environ.get("TRIAL", "") not in ("", "0")
+SEEDS = range(1) if TRIAL else range(5) if FULL else range(2)
 DATA_DIR = pathlib.Path(os.environ.get("DATA_DIR", "data")).absolute()
 LAYERS = ((8, 2), (16, 2), (32, 1))
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#c8501e", "#2a8f5a", "0.55"
@@ -46,9 +50,11 @@ plt.rcParams.update(
 
 
 @functools.cache
-def load() -> data.Dataset:
-    """The data set of this scale, on the device: `train`, `validation` and `test`, each `images` and `labels`."""
-    loaded = data.load(DATASET, data_folder(DATASET) if FULL else None)
+def load(name: str = "mnist") -> data.Dataset:
+    """A data set, on the device: `train`, `validation` and `test`, each `images` and `labels`; digits unless FULL=1."""
+    loaded = data.load(name, data_folder(name)) if FULL else data.load("digits")
+    if TRIAL:
+        loaded = data.Dataset(*(data.Split(*(part[:600] for part in split)) for split in loaded))
     return data.Dataset(*(jax.device_put(split) for split in loaded))
 
 
@@ -58,8 +64,8 @@ def data_folder(name: str) -> pathlib.Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"FULL=1 reads {name} from the folder {name} in DATA_DIR: there is none in {DATA_DIR}. Name the folder "
-            "that holds mnist and usps, each with its four IDX files: make notebooks FULL=1 DATA_DIR=DIR. Without "
-            "FULL=1 the notebooks need no files."
+            "that holds mnist, usps, cifar10 and svhn, each with its four IDX files: make notebooks FULL=1 "
+            "DATA_DIR=DIR. Without FULL=1 the notebooks need no files."
         )
     return folder
 
@@ -72,7 +78,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, domain: None = None, *, train: bool = False, update: bool = False
+        self, images: jax.Array, domain: None = None, *, train: bool = False, update: bool | None = None
     ) -> jax.Array:
         x = images.reshape(len(images), -1).astype(jnp.float32) / 255
         for _ in range(self.layers):
@@ -81,9 +87,14 @@ class Dense(nn.Module):
         return nn.Dense(10)(x)
 
 
-def network(norm: Callable[..., nn.Module] | None) -> training.CNN:
+def network(norm: Callable[..., nn.Module] | None) -> networks.CNN:
     """Three convolutions with `norm`."""
-    return training.CNN(10, norm, LAYERS)
+    return networks.CNN(10, norm, LAYERS)
+
+
+def resnet(norm: Callable[..., nn.Module] | None) -> networks.ResNet20:
+    """A narrow ResNet-20 with `norm`: half as wide as that of CIFAR-10, narrower still unless FULL=1."""
+    return networks.ResNet20(10, norm, 8 if FULL else 2)
 
 
 def epochs(number: int, size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
@@ -93,17 +104,25 @@ def epochs(number: int, size: int, batch_size: int, seed: int) -> Iterator[np.nd
 
 
 def train(
-    model: nn.Module, batches: Iterable[np.ndarray], *, seed: int, optimizer: optax.GradientTransformation
+    model: nn.Module,
+    batches: Iterable[np.ndarray],
+    *,
+    seed: int,
+    optimizer: optax.GradientTransformation,
+    split: data.Split | None = None,
+    augmented: bool = False,
 ) -> Iterator[training.State]:
-    """Trains on batches of the training set with batch statistics, and yields the state after each step.
+    """Trains on batches of a set, by default that of `load()`, and yields the state after each step.
 
     The running average is kept. Batch normalization does not read it in training, so that its weights are those of a
-    training without one; batch renormalization does.
+    training without one; batch renormalization does. `augmented` images are shifted and mirrored at random.
     """
-    split = load().train
-    state = training.initial_state(jax.random.key(seed), split.images[:2], model=model, optimizer=optimizer)
-    for index in batches:
-        state, _, _ = training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)
+    split = split or load().train
+    network = {"model": model, "optimizer": optimizer}
+    state = training.initial_state(jax.random.key(seed), split.images[:2], **network)
+    for step, index in enumerate(batches):
+        augmentation = np.uint32(1_000_000 * seed + step) if augmented else None
+        state, _, _ = training.train_step(state, split, index, None, augmentation, **network, update=True)
         yield state
 
 
@@ -148,6 +167,19 @@ def say(*claims: str) -> Markdown:
     return Markdown("\n".join(f"- {claim}" for claim in claims))
 
 
-def scale() -> Markdown:
-    """What this run is."""
-    return Markdown(f"This run: {DATASET}, {len(load().train.labels)} training images, {len(SEEDS)} seeds.")
+def keep(notebook: str, **figures: Any) -> None:
+    """Writes the figures of a full run to notebooks/results, from where docs/evidence.md has them."""
+    if FULL and not TRIAL:
+        folder = pathlib.Path(__file__).parent / "results"
+        folder.mkdir(exist_ok=True)
+        content = {"seeds": len(SEEDS), "device": jax.devices()[0].device_kind, "jax": jax.__version__, **figures}
+        text = json.dumps(content, indent=1, default=lambda value: np.asarray(value).tolist())
+        (folder / f"{notebook}.json").write_text(text + "\n")
+
+
+def scale(*names: str) -> Markdown:
+    """What this run is: the data sets, by default that of `load()`, the seeds, and the machine."""
+    sets = ", ".join(
+        f"{name if FULL else 'digits'} ({len(load(name).train.labels)} training images)" for name in names or ("mnist",)
+    )
+    return Markdown(f"This run: {sets}; {len(SEEDS)} seeds; on {jax.devices()[0].device_kind}.")

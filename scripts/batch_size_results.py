@@ -5,6 +5,7 @@ from typing import Any
 
 import figures
 import tables
+from domain_results import mean_and_spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,6 +22,21 @@ MEASURES = {
     "loss_change": ("change of test loss", "+z.4f"),
     "test_accuracy": ("test accuracy", ".3f"),
 }
+
+
+def summarize(lines: list[dict[str, Any]], references: list[dict[str, float]]) -> dict[str, Any]:
+    """The outcomes by method and batch size: means over the seeds, and their standard deviations under `seed_spread`.
+
+    Args:
+        lines: one for each batch size, with `batch_size` and `outcomes`, a list by seed of the outcomes by method.
+        references: the outcome of the reference, by seed.
+    """
+    return mean_and_spread(
+        [
+            {"reference": reference, **{m: {x["batch_size"]: x["outcomes"][seed][m] for x in lines} for m in METHODS}}
+            for seed, reference in enumerate(references)
+        ]
+    )
 
 
 def write_table(path: pathlib.Path, summary: dict[str, Any], sizes: list[str]) -> str:

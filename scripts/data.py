@@ -1,21 +1,22 @@
-"""Small image classification sets, whole in memory: uint8 images [N, H, W, C] and int32 labels [N].
+"""Small sets, whole in memory: uint8 images [N, H, W, C] and int32 labels [N], or a table of numbers by site.
 
 `load` reads scikit-learn's digits, a folder of IDX files, or a set of TensorFlow Datasets (`tfds:NAME`). What it
-returns depends on the data only: the validation examples are a fixed sixth of the training set.
+returns depends on the data only: the validation examples are a fixed sixth of the training set. `load_sites` reads a
+table in which a column names the site that a row comes from.
 """
 
+import csv
 import gzip
-import importlib.util
-import json
 import math
 import os
 import pathlib
-import socket
 import struct
 import zlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import tfds_sets
 
 IDX_UINT8 = 0x08
 
@@ -24,6 +25,13 @@ class Split(NamedTuple):
     """Images, uint8 [N, H, W, C], and their labels, int32 [N]."""
 
     images: np.ndarray
+    labels: np.ndarray
+
+
+class Table(NamedTuple):
+    """The rows of one site: values, float32 [N, F], NaN where one is missing, and labels, int32 [N]."""
+
+    values: np.ndarray
     labels: np.ndarray
 
 
@@ -62,8 +70,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     if data_dir is None:
         raise ValueError(
             f"--dataset {name} is read from a folder of IDX files: got no --data-dir. Name the folder that holds "
-            "train-images-idx3-ubyte and the three other files (raw or .gz), or use --dataset digits, which needs no "
-            f"files, or --dataset tfds:{name}."
+            "train-images-idx3-ubyte (idx4 with channels) and the three other files (raw or .gz), or use --dataset "
+            f"digits, which needs no files, or --dataset tfds:{name}."
         )
     return load_idx(pathlib.Path(data_dir))
 
@@ -81,13 +89,19 @@ def load_idx(folder: pathlib.Path) -> Dataset:
     """The IDX files of a folder, raw or gzip, named as those of MNIST."""
     train, test = (
         _paired(
-            read_idx(_find(folder, f"{part}-images-idx3-ubyte"), rank=3)[..., None],
+            read_images(folder, part),
             read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), rank=1).astype(np.int32),
             f"{part} of {folder}",
         )
         for part in ("train", "t10k")
     )
     return _with_validation(train, test)
+
+
+def read_images(folder: pathlib.Path, part: str) -> np.ndarray:
+    """The images of one part: [N, H, W] in an idx3 file, which are grey, or [N, H, W, C] in an idx4 file."""
+    path = _find(folder, f"{part}-images-idx3-ubyte", f"{part}-images-idx4-ubyte")
+    return read_idx(path, rank=4) if "idx4" in path.name else read_idx(path, rank=3)[..., None]
 
 
 def read_idx(path: pathlib.Path, *, rank: int) -> np.ndarray:
@@ -101,7 +115,8 @@ def read_idx(path: pathlib.Path, *, rank: int) -> np.ndarray:
     if content[:4] != magic:
         raise ValueError(
             f"{path} must be an IDX file of rank {rank} and type uint8, which begins with the bytes {magic.hex()}: got "
-            f"{content[:4].hex() or 'an empty file'}. Images go in *-images-idx3-ubyte, labels in *-labels-idx1-ubyte."
+            f"{content[:4].hex() or 'an empty file'}. Grey images go in *-images-idx3-ubyte, those with channels in "
+            "*-images-idx4-ubyte, labels in *-labels-idx1-ubyte."
         )
     if len(content) < header:
         raise ValueError(f"{path} is truncated: its header has {header} bytes, got {len(content)}. Fetch it again.")
@@ -114,9 +129,43 @@ def read_idx(path: pathlib.Path, *, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
+def load_sites(
+    path: str | os.PathLike[str], columns: Sequence[str], *, label: str, site: str = "site"
+) -> dict[str, Table]:
+    """A table with a row of names, as one `Table` for each site, in the order in which the sites come.
+
+    Args:
+        path: a file of comma-separated values; an empty cell is a missing value.
+        columns: those to read, which hold numbers.
+        label: the column of the labels, which are whole numbers.
+        site: the column that names the site.
+
+    Raises:
+        ValueError: if a column is not there, or a cell is not what it must be; the message names the line.
+    """
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if absent := [name for name in (*columns, label, site) if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path} must have the columns {absent}: got {reader.fieldnames}.")
+        sites: dict[str, list[tuple[list[float], int]]] = {}
+        for row in reader:
+            try:
+                read = [float(row[name] or "nan") for name in columns], int(row[label])
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"Line {reader.line_num} of {path} must hold numbers in {[*columns]}, or nothing where one is "
+                    f"missing, and a whole number in {label}: {error}."
+                ) from error
+            sites.setdefault(row[site], []).append(read)
+    return {
+        name: Table(*(np.array(part, dtype) for part, dtype in zip(zip(*rows), (np.float32, np.int32))))
+        for name, rows in sites.items()
+    }
+
+
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """An image classification set of TFDS, `NAME[/CONFIG][:VERSION]`, prepared here if TensorFlow and a network are."""
-    sources = open_tfds(name, data_dir)
+    sources = tfds_sets.open_tfds(name, data_dir)
     if not {"train", "test"} <= sources.keys():
         raise ValueError(f"tfds:{name} must have the splits train and test: got {sorted(sources)}. Use another set.")
     features = sources["train"].dataset_info.features
@@ -126,58 +175,6 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Data
             "set."
         )
     return _with_validation(*(_read_source(sources[part], f"{part} of tfds:{name}") for part in ("train", "test")))
-
-
-def open_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """The splits of a TFDS set, each a sequence of examples that are read when asked for."""
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise ModuleNotFoundError(
-            f"--dataset tfds:{name} needs the package tensorflow-datasets, which is not installed. Install it "
-            "(pip install tensorflow-datasets array_record importlib_resources Pillow), or use --dataset digits, or "
-            "IDX files with --data-dir."
-        )
-    root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    formats = _prepared_formats(root, name)
-    if not formats:
-        _prepare_tfds(name, root)
-    elif "array_record" not in formats:
-        raise ValueError(
-            f"tfds:{name} must be prepared as array_record to be read without TensorFlow: got {sorted(formats)} in "
-            f'{root}. Prepare it again in another --data-dir, with tfds.builder(..., file_format="array_record").'
-        )
-    import tensorflow_datasets as tfds
-
-    return tfds.data_source(name, data_dir=root, download=False)
-
-
-def _prepared_formats(root: pathlib.Path, name: str) -> set[str]:
-    """The file formats in which a TFDS set lies prepared: for a name without configuration, in any configuration."""
-    folder, _, version = name.partition(":")
-    found = (root / folder).glob(f"**/{version or '*'}/dataset_info.json")
-    return {json.loads(path.read_text()).get("fileFormat", "tfrecord") for path in found}
-
-
-def _prepare_tfds(name: str, root: pathlib.Path) -> None:
-    """Downloads and prepares a TFDS set; without TensorFlow or a network, an error at once: TFDS waits for minutes."""
-    remedies = (
-        f"Prepare it on a machine that has both, with tfds.builder({name!r}, "
-        f'file_format="array_record").download_and_prepare(), and copy it to {root}; or name the folder where it is by '
-        "--data-dir; or use --dataset digits, or IDX files with --data-dir."
-    )
-    if importlib.util.find_spec("tensorflow") is None:
-        raise FileNotFoundError(
-            f"tfds:{name} is not prepared in {root}, and preparing it needs TensorFlow, which is not installed, and a "
-            f"network. {remedies}"
-        )
-    try:
-        socket.create_connection(("storage.googleapis.com", 443), timeout=5).close()
-    except OSError as error:
-        raise ConnectionError(
-            f"tfds:{name} is not prepared in {root}, and preparing it needs a network: {error}. {remedies}"
-        ) from error
-    import tensorflow_datasets as tfds
-
-    tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
 
 
 def _read_source(source, origin: str) -> Split:
@@ -191,13 +188,13 @@ def _read_source(source, origin: str) -> Split:
     return _paired(np.stack(images), np.array(labels, np.int32), origin)
 
 
-def _find(folder: pathlib.Path, stem: str) -> pathlib.Path:
-    for path in (folder / stem, folder / f"{stem}.gz"):
+def _find(folder: pathlib.Path, *stems: str) -> pathlib.Path:
+    for path in (folder / f"{stem}{ending}" for stem in stems for ending in ("", ".gz")):
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"--data-dir must be a folder that holds {stem} (raw or .gz): got {folder}. It needs images and labels of "
-        "train and t10k, four files named as those of MNIST."
+        f"--data-dir must be a folder that holds {' or '.join(stems)} (raw or .gz): got {folder}. It needs images and "
+        "labels of train and t10k, four files named as those of MNIST."
     )
 
 

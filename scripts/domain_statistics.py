@@ -5,10 +5,11 @@ from typing import Any
 
 import data
 import domain_data
+import flax.linen as nn
 import jax
 import numpy as np
 import processes
-from training import CNN, evaluate
+from training import evaluate
 
 import flaxbn
 
@@ -24,7 +25,12 @@ def for_domains(variables: dict[str, Any], names: Sequence[str], *, separate: bo
 
 
 def of_tests(
-    variables: dict[str, Any], domains: dict[str, data.Dataset], *, model: CNN, plain: CNN | None, batch_size: int
+    variables: dict[str, Any],
+    domains: dict[str, data.Dataset],
+    *,
+    model: nn.Module,
+    plain: nn.Module | None,
+    batch_size: int,
 ) -> dict[str, Any]:
     """The `batch_stats` of each test: the running average, the population of all domains, and that of each.
 
@@ -37,7 +43,7 @@ def of_tests(
     """
     names, population = [*domains], own_population(domains)
 
-    def estimate(model: CNN, variables: dict[str, Any], batches: dict[str, np.ndarray]) -> Any:
+    def estimate(model: nn.Module, variables: dict[str, Any], batches: dict[str, np.ndarray]) -> Any:
         return flaxbn.estimate_population_stats(
             model,
             variables,

@@ -18,14 +18,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import data
 import divergence
+import flax.linen as nn
 import grain
 import jax
+import networks
 import numpy as np
 import options
 import orbax.checkpoint as ocp
 import processes
+import tfds_sets
 import training
 import tyro
 from absl import flags
@@ -71,8 +73,8 @@ class Config(options.Distributed):
             self.check_at_least("samples", 2)
 
 
-def load_model(folder: pathlib.Path) -> tuple[training.CNN, dict[str, Any]]:
-    """The network of train_mnist.py, and its variables as numpy arrays."""
+def load_model(folder: pathlib.Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of train_mnist.py, and its variables as numpy arrays."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"--model must be the folder of a saved model: got {folder}. scripts/train_mnist.py saves one in "
@@ -85,7 +87,22 @@ def load_model(folder: pathlib.Path) -> tuple[training.CNN, dict[str, Any]]:
         raise ValueError(
             f"--model must have weights that are finite: those in {folder} are of a training that diverged."
         )
-    return training.CNN(len(variables["params"]["Dense_0"]["bias"]), flaxbn.BatchNorm), variables
+    return network_of(variables["params"], folder), variables
+
+
+def network_of(params: dict[str, Any], folder: pathlib.Path) -> nn.Module:
+    """The network of train_mnist.py that has these parameters."""
+    if {"Conv_0", "Dense_0"} <= params.keys():
+        image = jax.ShapeDtypeStruct((1, 8, 8, params["Conv_0"]["kernel"].shape[2]), np.uint8)
+        for network in networks.NETWORKS.values():
+            model = network(len(params["Dense_0"]["bias"]), flaxbn.BatchNorm)
+            made = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+            if jax.tree.structure(made) == jax.tree.structure(params):
+                return model
+    raise ValueError(
+        f"--model must be a network of scripts/networks.py, {' or '.join(networks.NETWORKS)}: {folder} has the layers "
+        f"{', '.join(sorted(params))}. Replace `load_model` by your own."
+    )
 
 
 def prepared(example: dict[str, Any], *, size: int, channels: int) -> np.ndarray:
@@ -131,7 +148,7 @@ def moments_like(batch_stats: Any) -> Any:
 
 def open_images(config: Config, channels: int) -> grain.MapDataset:
     """The images of the set in random order, as the model takes them."""
-    sources = processes.on_each(lambda: data.open_tfds(config.dataset, config.data_dir))
+    sources = processes.on_each(lambda: tfds_sets.open_tfds(config.dataset, config.data_dir))
     if config.split not in sources:
         raise ValueError(f"--split must be one of {sorted(sources)}: got {config.split}.")
     images = (
@@ -146,7 +163,7 @@ def open_images(config: Config, channels: int) -> grain.MapDataset:
 
 
 def estimate(
-    config: Config, model: training.CNN, variables: dict[str, Any], images: grain.MapDataset, journal: Journal
+    config: Config, model: nn.Module, variables: dict[str, Any], images: grain.MapDataset, journal: Journal
 ) -> Any:
     """The moments of all images, saved and told after each part of them; goes on from the last part saved."""
     batch_size = options.whole_batches(config.batch_size, jax.local_device_count())

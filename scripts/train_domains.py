@@ -1,4 +1,4 @@
-"""Trains one CNN on two data sets with the same classes, and compares ways to keep their statistics apart.
+"""Trains one network on two data sets with the same classes, and compares ways to keep their statistics apart.
 
 | variant             | a batch holds       | normalized in training | running average | scale and bias |
 |---------------------|---------------------|------------------------|-----------------|----------------|
@@ -22,6 +22,7 @@ classes are rare, with and without weights of inverse sampling probability, and 
     python scripts/train_domains.py
     python scripts/train_domains.py --datasets mnist usps --data-dir DIR --epochs 5
     python scripts/train_domains.py --datasets mnist mnist-blended --data-dir DIR --epochs 2
+    python scripts/train_domains.py --datasets svhn mnist --data-dir DIR --network resnet20
 """
 
 import dataclasses
@@ -30,14 +31,17 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import data
 import divergence
 import domain_data
 import domain_results
 import domain_statistics
+import domain_variants
+import flax.linen as nn
 import jax
+import networks
 import numpy as np
 import optax
 import options
@@ -46,44 +50,14 @@ import training
 import tyro
 import weighting
 from domain_data import domain_batches
+from domain_variants import VARIANTS, Variant
 from journal import Journal, keep_journal
 from rich.console import Console
-from training import CNN, accuracy, train_step
+from training import accuracy, train_step
 
 import flaxbn
 
 WEIGHTED = "turn-shared"
-
-
-class Variant(NamedTuple):
-    """How batches are made of domains, and what the domains have to themselves."""
-
-    mixed: bool
-    separate: bool
-    domain_affine: bool = False
-
-    @property
-    def training(self) -> Literal["shared", "domain"]:
-        """What a batch is normalized by: a batch of one domain leaves no choice."""
-        return "shared" if self.mixed and not self.separate else "domain"
-
-    def consistent(self, test: Literal["running", "shared", "domain"]) -> bool:
-        """Whether the test normalizes as training does."""
-        kept = "domain" if self.separate else "shared"
-        return self.training == (kept if test == "running" else test)
-
-
-VARIANTS = {
-    "mixed-shared": Variant(mixed=True, separate=False),
-    "mixed-domain": Variant(mixed=True, separate=True),
-    "mixed-domain-affine": Variant(mixed=True, separate=True, domain_affine=True),
-    "turn-shared": Variant(mixed=False, separate=False),
-    "turn-domain": Variant(mixed=False, separate=True),
-    "turn-domain-affine": Variant(mixed=False, separate=True, domain_affine=True),
-}
-Name = Literal[
-    "mixed-shared", "mixed-domain", "mixed-domain-affine", "turn-shared", "turn-domain", "turn-domain-affine"
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +67,14 @@ class Config(options.Distributed, options.Training):
     epochs: int = 15
     seeds: int = 3
     out: pathlib.Path = pathlib.Path("runs/domains")
+    network: networks.Name = "cnn"
+    """cnn: three convolutions. resnet20: nineteen, in blocks."""
     datasets: tuple[str, str] = ("digits", "digits-blended")
     """The two domains: digits (embedded), tfds:NAME, or the name of a folder of IDX files in --data-dir, mnist say;
     with -blended, blended into patches of photographs. An epoch goes once through the smaller one."""
     data_dir: pathlib.Path | None = None
     """Where the folders of IDX files are, or the data directory of TFDS."""
-    variants: tuple[Name, ...] = tuple(VARIANTS)
+    variants: tuple[domain_variants.Name, ...] = tuple(VARIANTS)
     """The variants to train; the weighting experiment needs turn-shared."""
     weighting_samples: int = 10_000
     """Examples drawn, with replacement, for the weighting experiment."""
@@ -115,7 +91,7 @@ class Config(options.Distributed, options.Training):
             self.check_at_least(name, least)
 
 
-def accuracies(variables: dict[str, Any], domains: dict[str, tuple], *, model: CNN) -> dict[str, float]:
+def accuracies(variables: dict[str, Any], domains: dict[str, tuple], *, model: nn.Module) -> dict[str, float]:
     """The accuracy on each domain: its split and the batches of that."""
     return {
         name: accuracy(variables, split, batches, number, model=model)
@@ -142,12 +118,12 @@ class Prepared(NamedTuple):
     num_steps: int
     """The steps of an epoch."""
     optimizer: optax.GradientTransformation
-    plain: CNN
+    plain: nn.Module
     """The network that knows nothing of domains."""
-    with_domains: dict[bool, CNN]
+    with_domains: dict[bool, nn.Module]
     """The network with statistics of each, by whether scale and bias are apart, too."""
 
-    def trained(self, variant: Variant) -> CNN:
+    def trained(self, variant: Variant) -> nn.Module:
         """The network that is trained."""
         return self.with_domains[variant.domain_affine] if variant.separate else self.plain
 
@@ -169,7 +145,7 @@ def prepare(config: Config, domains: dict[str, data.Dataset]) -> Prepared:
         for splits in zip(*(dataset[1:] for dataset in domains.values()))
     )
     num_steps = min(domain_data.sizes(domains)) // config.batch_size * len(domains)
-    network = functools.partial(CNN, domains[config.datasets[0]].num_classes)
+    network = functools.partial(networks.NETWORKS[config.network], domains[config.datasets[0]].num_classes)
     norm = functools.partial(flaxbn.BatchNorm, num_domains=len(domains))
     return Prepared(
         domains,
@@ -190,13 +166,13 @@ def train(config: Config, prepared: Prepared, run: training.Repetition, journal:
     domain = 0 if variant.separate else None
     state = training.initial_state(jax.random.key(run.seed), prepared.train.images[:2], domain, **network)
 
-    def batches(epoch: int) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+    def batches(epoch: int) -> Iterator[training.Batch]:
         sizes = domain_data.sizes(prepared.domains)
         cut = domain_batches(sizes, config.batch_size, mixed=variant.mixed, seed=run.seed, epoch=epoch)
         alike = processes.by_example() if variant.mixed else processes.everywhere()
         for index, numbers in cut:
             domain = processes.place(numbers, alike) if variant.separate else None
-            yield processes.place(index, processes.by_example()), domain
+            yield training.Batch(processes.place(index, processes.by_example()), domain)
 
     def validate(variables: dict[str, Any]) -> dict[str, float]:
         variables = domain_statistics.for_domains(variables, config.datasets, separate=variant.separate)

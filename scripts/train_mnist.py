@@ -1,4 +1,4 @@
-"""Trains a small CNN in four ways that differ in batch normalization only, and compares what they predict.
+"""Trains a network in four ways that differ in batch normalization only, and compares what they predict.
 
 | mode        | training                                  | validation         | test                      |
 |-------------|-------------------------------------------|--------------------|---------------------------|
@@ -16,6 +16,7 @@ A training that diverges is told and marked, and the others go on; the exit stat
     python scripts/train_mnist.py --preset settled
     python scripts/train_mnist.py --dataset mnist --data-dir DIR --preset article
     python scripts/train_mnist.py --api nnx
+    python scripts/train_mnist.py --dataset cifar10 --data-dir DIR --network resnet20 --augment
 """
 
 import dataclasses
@@ -27,9 +28,12 @@ from typing import Any, Literal, NamedTuple
 
 import data
 import divergence
+import flax.linen as nn
 import independence
 import jax
 import mode_results
+import networks
+import norms
 import numpy as np
 import optax
 import options
@@ -40,11 +44,11 @@ import tyro
 from journal import Journal, keep_journal
 from nnx_network import NnxNetwork, parts_of
 from rich.console import Console
-from training import CNN, accuracy, train_step, training_batches
+from training import accuracy, train_step, training_batches
 
 import flaxbn
 
-Network = CNN | NnxNetwork
+Network = nn.Module | NnxNetwork
 RUNS = pathlib.Path("runs")
 
 
@@ -77,11 +81,15 @@ class Config(options.Distributed, options.Training):
     preset: Literal["default", "article", "settled"] = "default"
     """article: the running average lags, as by default, but for MNIST. settled: small steps, with which it keeps up."""
     dataset: str = "digits"
-    """digits (embedded), tfds:NAME, or the name of the IDX files in --data-dir, mnist say."""
+    """digits (embedded), tfds:NAME, or the name of the IDX files in --data-dir: mnist, cifar10, svhn."""
     data_dir: pathlib.Path | None = None
     """The folder of the IDX files, or the data directory of TFDS."""
     api: Literal["linen", "nnx"] = "linen"
     """Which of Flax's two APIs the network is written in."""
+    network: networks.Name = "cnn"
+    """cnn: three convolutions. resnet20: nineteen, in blocks, for CIFAR-10 and other images of that size."""
+    augment: bool = False
+    """Train on images that are shifted by up to four pixels, and half of them mirrored."""
     norm: Literal["batch", "renorm"] = "batch"
     """renorm: batch renormalization, its ramp scaled to the run. Tied to the running average, it departs from batch
     normalization only where that is updated: in mode running."""
@@ -94,6 +102,8 @@ class Config(options.Distributed, options.Training):
         """Refuses what could only fail later."""
         super().__post_init__()
         self.check_names("modes", MODES)
+        if (self.api, self.network) == ("nnx", "resnet20"):
+            raise ValueError("--api nnx has --network cnn only: got resnet20. Leave one of the two out.")
         if self.estimate_samples is not None:
             self.check_at_least("estimate_samples", 2)
 
@@ -114,19 +124,6 @@ def export(path: pathlib.Path, variables, images: np.ndarray, *, model: Network,
     except ValueError as error:
         return str(error)
     return ""
-
-
-def make_norm(config: Config, num_steps: int) -> Callable[..., Any]:
-    """The layer; the ramp of renorm, 40 000 steps in the paper, is scaled to the run."""
-    layers = flaxbn.linen if config.api == "linen" else flaxbn.nnx
-    if config.norm == "batch":
-        return layers.BatchNorm
-    scale = 40_000 / num_steps
-    return functools.partial(
-        layers.BatchRenorm,
-        r_max=lambda step: flaxbn.paper_r_max(step * scale),
-        d_max=lambda step: flaxbn.paper_d_max(step * scale),
-    )
 
 
 def configure() -> Config:
@@ -150,14 +147,14 @@ class Prepared(NamedTuple):
     """The steps of an epoch."""
     optimizer: optax.GradientTransformation
     norm: Callable[..., Any]
-    api: str
+    config: Config
 
     def model(self, mode: Mode) -> Network:
         """The network of a mode."""
         norm = self.norm if mode.normalize else None
-        if self.api == "nnx":
+        if self.config.api == "nnx":
             return NnxNetwork(self.dataset.num_classes, self.dataset.train.images.shape[-1], norm)
-        return CNN(self.dataset.num_classes, norm)
+        return networks.NETWORKS[self.config.network](self.dataset.num_classes, norm)
 
 
 def load(config: Config) -> data.Dataset:
@@ -182,8 +179,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Prepared:
         training.to_evaluate(dataset.test, config.batch_size),
         num_steps,
         config.optimizer(config.epochs * num_steps),
-        make_norm(config, config.epochs * num_steps),
-        config.api,
+        norms.make_norm(config.api, config.norm, config.epochs * num_steps),
+        config,
     )
 
 
@@ -193,10 +190,12 @@ def train(config: Config, prepared: Prepared, run: training.Repetition, journal:
     network = {"model": prepared.model(mode), "optimizer": prepared.optimizer}
     state = training.initial_state(jax.random.key(run.seed), prepared.train.images[:2], **network)
 
-    def batches(epoch: int) -> Iterator[tuple[jax.Array, None]]:
-        size = len(prepared.train.labels)
-        for index in training_batches(size, config.batch_size, seed=run.seed, epoch=epoch):
-            yield processes.place(index, processes.by_example()), None
+    def batches(epoch: int) -> Iterator[training.Batch]:
+        order = training_batches(len(prepared.train.labels), config.batch_size, seed=run.seed, epoch=epoch)
+        seeds = training.augmentation_seeds(len(order), seed=run.seed, epoch=epoch)
+        for index, seed in zip(order, seeds):
+            augmentation = processes.place(seed, processes.everywhere()) if config.augment else None
+            yield training.Batch(processes.place(index, processes.by_example()), augmentation=augmentation)
 
     def validate(variables: dict[str, Any]) -> float:
         return accuracy(variables, *prepared.validation, model=network["model"], statistics=mode.validation)

@@ -1,4 +1,4 @@
-"""What the training scripts share: the network, one step, the loop over epochs, evaluation, checkpoints."""
+"""What the training scripts share: one step, the loop over epochs, evaluation, checkpoints."""
 
 import functools
 import itertools
@@ -16,6 +16,7 @@ import optax
 import options
 import orbax.checkpoint as ocp
 import processes
+from augmentation import augment
 from divergence import DivergenceError, all_finite
 from journal import Journal
 from nnx_network import parts_of
@@ -26,25 +27,14 @@ CHECKED = 100
 """Steps after which the loss is looked at: to look waits for the device."""
 
 
-class CNN(nn.Module):
-    """Convolution, norm, ReLU for each layer; global average pooling; dense. Takes uint8 images."""
+class Batch(NamedTuple):
+    """The examples of a step, as indices into the training set."""
 
-    num_classes: int
-    norm: Callable[..., nn.Module] | None
-    layers: tuple[tuple[int, int], ...] = ((16, 2), (32, 2), (64, 1))
-    """Features and stride of each convolution."""
-
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, domain: jax.Array | None = None, *, train: bool = False, update: bool = False
-    ) -> jax.Array:
-        x = images.astype(jnp.float32) / 255
-        for features, stride in self.layers:
-            x = nn.Conv(features, (5, 5), (stride, stride), use_bias=self.norm is None)(x)
-            if self.norm is not None:
-                x = self.norm(use_running_average=not train)(x, update_running_average=update, domain=domain)
-            x = nn.relu(x)
-        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
+    index: jax.Array
+    domain: jax.Array | None = None
+    """The domains of the examples, one number if it is one; None where the network knows none."""
+    augmentation: np.uint32 | None = None
+    """The seed of its augmentation; None for none."""
 
 
 class State(NamedTuple):
@@ -66,7 +56,7 @@ def initial_state(
     images: jax.Array,
     domain: int | None = None,
     *,
-    model: CNN,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
 ) -> State:
     """A network that was never trained."""
@@ -80,13 +70,16 @@ def train_step(
     split: data.Split,
     index: jax.Array,
     domain: jax.Array | None = None,
+    augmentation: jax.Array | None = None,
     *,
-    model: CNN,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
-    update: bool,
+    update: bool | None,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """One step of Adam on the examples `index`, how many of them were right, and their mean loss."""
+    """One step of Adam on the examples of a `Batch`, how many of them were right, and their mean loss."""
     images, labels = split.images[index], split.labels[index]
+    if augmentation is not None:
+        images = augment(jax.random.key(augmentation), images)
 
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -138,7 +131,7 @@ def fit(
     *,
     epochs: int,
     num_steps: int,
-    batches: Callable[[int], Iterable[tuple[jax.Array, jax.Array | None]]],
+    batches: Callable[[int], Iterable[Batch]],
     step: Callable[..., tuple[State, jax.Array, jax.Array]],
     validate: Callable[[dict[str, Any]], float | dict[str, float]],
 ) -> State:
@@ -153,7 +146,7 @@ def fit(
         journal: keeps the metrics of all trainings of the run.
         epochs: how many there are in all.
         num_steps: the steps of an epoch.
-        batches: for the number of an epoch, from 1, the indices of each batch and its domains, or None.
+        batches: for the number of an epoch, from 1, its batches.
         step: `train_step` for the network.
         validate: takes the variables and gives the accuracy, or that of each domain.
 
@@ -190,10 +183,10 @@ def _train_epoch(
     None if the training diverged: that stays so, so every hundredth loss tells, and the state in the end.
     """
     correct, size = [], 0
-    for index, domain in batches:
-        state, right, loss = step(state, split, index, domain)
+    for batch in batches:
+        state, right, loss = step(state, split, *batch)
         correct.append(right)
-        size += len(index)
+        size += len(batch.index)
         journal.describe(label)  # not before: the first step is compiled
         journal.advance()
         if len(correct) % CHECKED == 0 and not np.isfinite(loss):
@@ -214,20 +207,24 @@ def _told(run: Repetition, line: dict[str, Any]) -> str:
     )
 
 
-def evaluate(model: CNN, batch: dict[str, jax.Array | None]) -> jax.Array:
+def evaluate(model: nn.Module, batch: dict[str, jax.Array | None]) -> jax.Array:
     """The logits of a batch that may name domains."""
     return model(batch["images"], batch.get("domain"))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "statistics"))
-def count_correct(variables, split: data.Split, index, counted, domain, *, model: CNN, statistics: str) -> jax.Array:
+def count_correct(
+    variables, split: data.Split, index, counted, domain, *, model: nn.Module, statistics: str
+) -> jax.Array:
     """How many examples of a batch are right; those that are not `counted` only fill it up."""
     batch = {"images": split.images[index], "domain": domain}
     logits = flaxbn.apply(*parts_of(model, variables), batch, statistics=statistics, call=evaluate)
     return jnp.sum((logits.argmax(-1) == split.labels[index]) & counted)
 
 
-def accuracy(variables, split: data.Split, batches, domain=None, *, model: CNN, statistics: str = "running") -> float:
+def accuracy(
+    variables, split: data.Split, batches, domain=None, *, model: nn.Module, statistics: str = "running"
+) -> float:
     """The accuracy on a split, in its `evaluation_batches`."""
     correct = [count_correct(variables, split, *batch, domain, model=model, statistics=statistics) for batch in batches]
     return int(np.sum(jax.device_get(correct))) / len(split.labels)
@@ -250,6 +247,11 @@ def training_batches(size: int, batch_size: int, *, seed: int, epoch: int, domai
     """The order of an epoch, [steps, batch_size], decided by the numbers. What fills no batch is left out."""
     order = np.random.default_rng((seed, epoch, domain)).permutation(size)
     return order[: size // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def augmentation_seeds(steps: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The seeds of the augmentation of an epoch's batches, decided by the numbers."""
+    return np.random.SeedSequence((seed, epoch)).generate_state(steps)
 
 
 def checkpoint_manager(folder: pathlib.Path) -> ocp.CheckpointManager:

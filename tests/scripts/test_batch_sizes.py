@@ -54,13 +54,30 @@ def test_table_and_figure(out):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 1153}, "--batch-size must be at most 1152: got 1153"),
-        ({"estimation_sizes": (1, 2)}, r"--estimation-sizes must ascend, from 2 to 1151 at most: got \(1, 2\)"),
+        ({"estimation_sizes": (1, 2)}, r"--estimation-sizes must ascend, from 2: got \(1, 2\)"),
         ({"estimation_sizes": (4, 2)}, "--estimation-sizes must ascend"),
-        ({"estimation_sizes": (2, 1152)}, "--estimation-sizes must ascend"),
+        ({"examples": 1}, "--examples must be at least 2: got 1"),
         ({"momentum": 1.0}, r"--momentum must be between 0 and 1: got 1\.0"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         batch_sizes.Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1153}, "--batch-size must be at most 1152, .* digits .*: got 1153"),
+        ({"estimation_sizes": (2, 1152)}, r"--estimation-sizes must be at most 1151, .*: got \(2, 1152\)"),
+        ({"examples": 1250}, "--examples must be at most 1249, .*: got 1250"),
+    ],
+)
+def test_options_that_the_data_are_too_few_for(options, message):
+    with pytest.raises(ValueError, match=message):
+        batch_sizes.load(batch_sizes.Config(**options))
+
+
+def test_as_many_examples_as_make_every_batch_full():
+    given = batch_sizes.load(batch_sizes.Config(estimation_sizes=(2, 64), examples=200))
+    assert given.examples == 192

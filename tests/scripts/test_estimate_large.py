@@ -16,8 +16,8 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, estimate_large, results, training = map(
-    importlib.import_module, ("data", "estimate_large", "results", "training")
+data, estimate_large, networks, results, tfds_sets, training = map(
+    importlib.import_module, ("data", "estimate_large", "networks", "results", "tfds_sets", "training")
 )
 
 
@@ -29,7 +29,7 @@ class TestEstimateLarge:
     @classmethod
     def saved(cls, tmp_path_factory):
         """A model with weights that nobody trained."""
-        network = training.CNN(10, flaxbn.BatchNorm)
+        network = networks.CNN(10, flaxbn.BatchNorm)
         images = np.zeros((2, 28, 28, 1), np.uint8)
         folder = tmp_path_factory.mktemp("large") / "model"
         training.save_model(folder, jax.jit(network.init)(jax.random.key(0), images))
@@ -52,7 +52,7 @@ class TestEstimateLarge:
 
     def images(self, data_dir, config):
         """What the script reads, by itself: each image once, in the order of grain."""
-        source = data.open_tfds("mnist", data_dir / "tfds")["train"]
+        source = tfds_sets.open_tfds("mnist", data_dir / "tfds")["train"]
         order = estimate_large.grain.MapDataset.range(len(source)).shuffle(seed=config.seed)
         return np.stack([source[order[i]]["image"] for i in range(self.SAMPLES)])
 

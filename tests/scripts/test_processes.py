@@ -15,7 +15,9 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, processes, train_mnist, training = map(importlib.import_module, ("data", "processes", "train_mnist", "training"))
+data, networks, processes, train_mnist, training = map(
+    importlib.import_module, ("data", "networks", "processes", "train_mnist", "training")
+)
 
 ENDED = 60
 """Seconds within which the others end when one fails: a heartbeat of 30 s, and what jax needs to start."""
@@ -48,7 +50,7 @@ class TestTrainMnist:
         parts = [images[i::2] for i in range(2)]
         batches = [part[k :: -(-len(part) // 32)] for part in parts for k in range(-(-len(part) // 32))]
         variables = model(run[0] / "two", "population")
-        found = flaxbn.estimate_population_stats(training.CNN(10, flaxbn.BatchNorm), variables, batches)
+        found = flaxbn.estimate_population_stats(networks.CNN(10, flaxbn.BatchNorm), variables, batches)
         assert_same_statistics(variables["batch_stats"], jax.device_get(found), SAME)
 
     def test_the_same_is_reported(self, run):

@@ -27,9 +27,11 @@ import flaxbn
 
 sys.path.insert(0, str(SCRIPTS))
 
-data, divergence, independence, journal, mode_results, results, train_mnist, training = map(
-    importlib.import_module,
-    ("data", "divergence", "independence", "journal", "mode_results", "results", "train_mnist", "training"),
+data, divergence, independence, journal, mode_results = map(
+    importlib.import_module, ("data", "divergence", "independence", "journal", "mode_results")
+)
+networks, results, train_mnist, training = map(
+    importlib.import_module, ("networks", "results", "train_mnist", "training")
 )
 
 MODES = ["none", "running", "unestimated", "population"]
@@ -115,7 +117,7 @@ class TestRun:
         assert exported == set(MODES) - {"unestimated"}
         folder, images = out / "checkpoints" / "population" / "seed0", data.load("digits").test.images[:5]
         inference = flaxbn.load_inference(folder / "inference.zip")
-        model = training.CNN(10, flaxbn.BatchNorm)
+        model = networks.CNN(10, flaxbn.BatchNorm)
         expected = model.apply(restore(folder / "model"), images)
         np.testing.assert_allclose(inference(images), expected, rtol=1e-4, atol=1e-4)
         assert [layer["count"] for layer in inference.metadata["statistics"].values()] == [500 * 16, 500 * 4, 500 * 4]
@@ -169,13 +171,13 @@ def test_divergence_is_seen_within_a_hundred_steps(tmp_path, steps, looked_at):
     """In a long epoch, and at the end of a short one."""
     taken = []
 
-    def step(state, split, index, domain):
+    def step(state, split, index, domain, augmentation):
         taken.append(index)
         return state, np.int32(1), np.float32(np.nan if len(taken) > 5 else 1)
 
     state = training.State({"w": np.zeros(2, np.float32)}, {}, ())
     run = training.Repetition("mode", "none", 3, tmp_path, 8)
-    options = {"epochs": 2, "num_steps": steps, "batches": lambda epoch: [(np.arange(2), None)] * steps}
+    options = {"epochs": 2, "num_steps": steps, "batches": lambda epoch: [training.Batch(np.arange(2))] * steps}
     with journal.keep_journal(tmp_path, [], Console(quiet=True), total=1) as kept:
         fit = functools.partial(training.fit, state, None, run, kept, step=step, validate=None, **options)
         with pytest.raises(divergence.DivergenceError, match="none, seed 3: diverged in epoch 1, where"):
