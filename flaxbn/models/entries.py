@@ -88,13 +88,17 @@ def candidates_in(batch_stats: Any) -> list[Path]:
 def _candidates(names: tuple[Path, ...], kinds: tuple[Any, ...], known: Any) -> tuple[Path, ...]:
     """Those of leaves of these names, shapes and dtypes; every estimate asks, of hundreds of leaves."""
     shapes = {name: shape for name, (shape, _) in zip(names, kinds)}
-    floats = {n: shape for n, (shape, dtype) in zip(names, kinds) if dtype and jnp.issubdtype(dtype, jnp.inexact)}
+    floats = {n: shape for n, (shape, dtype) in zip(names, kinds) if _is_inexact(dtype)}
     return tuple(unnamed(floats, named_pairs(shapes, known).values()))
 
 
 def float_shapes(batch_stats: Any) -> dict[Path, tuple[int, ...]]:
     """The shapes of the leaves that statistics could be: counters, random keys and numbers of Python are none."""
     return {path: np.shape(leaf) for path, leaf in named_leaves(batch_stats).items() if _is_of(leaf, jnp.inexact)}
+
+
+def _is_inexact(dtype: Any) -> bool:
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _is_of(leaf: Any, kind: Any) -> bool:
