@@ -1,4 +1,4 @@
-"""What a call costs beside computing: programs that are started, as the profiler of jax counts them."""
+"""What a call costs beside computing: programs and transfers, as the profiler of jax counts them."""
 
 import pathlib
 import sys
@@ -25,23 +25,29 @@ class Deep(nn.Module):
         return x
 
 
-def started(folder, layers, method):
-    """How many programs a second call starts."""
+def counted(folder, layers, method, **options):
+    """How many programs a second call starts, and how many arrays go to the device and come back."""
     model = Deep(layers)
     variables = jax.jit(model.init)(jax.random.key(0), X[:2])
 
     def estimate():
-        found = flaxbn.estimate_population_stats(
-            model, variables, X, batch_size=len(X) // BATCHES, method=method, check_independence=False
-        )
-        jax.block_until_ready(found)
+        jax.block_until_ready(flaxbn.estimate_population_stats(model, variables, method=method, **options))
 
     estimate()
     with jax.profiler.trace(folder):
         estimate()
     (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
     lines = [line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines]
-    return sum("ExecuteHelperOnSingleDevice" in event.name for line in lines for event in line.events)
+    names = [event.name for line in lines for event in line.events]
+    return {what: sum(name in event for event in names) for what, name in EVENTS.items()}
+
+
+EVENTS = {"programs": "ExecuteHelperOnSingleDevice", "to it": "DevicePut", "from it": "np.asarray(jax.Array)"}
+
+
+def started(folder, layers, method):
+    options = {"batches": X, "batch_size": len(X) // BATCHES, "check_independence": False}
+    return counted(folder, layers, method, **options)["programs"]
 
 
 def test_a_precise_pass_starts_few_programs_however_many_layers(tmp_path):
@@ -78,3 +84,16 @@ def test_the_host_does_little_for_each_layer():
         return count
 
     assert 0 < calls(12) - calls(2) <= 10 * 130
+
+
+def test_an_exact_pass_on_an_accelerator_transfers_as_much_however_many_layers(tmp_path, accelerator):
+    """The batches, one of them once more for the check; what is stored and what is found go together, both ways."""
+    batches = [X[k::BATCHES] for k in range(BATCHES)]
+    few, many = (counted(tmp_path / str(n), n, "exact", batches=batches) for n in (9, 12))
+    assert 0 < few["to it"] == many["to it"] <= BATCHES + 1 + 2
+    # Of what is stored two arrays come back, one of the moments, two of the check.
+    assert 0 < few["from it"] == many["from it"] <= 5
+    # One for each batch of each layer, and one that merges them.
+    assert many["programs"] - few["programs"] == (12 - 9) * (BATCHES + 1)
+    # A copy of each batch that is read; the check, and what lays arrays end to end or cuts them apart.
+    assert few["programs"] - 9 * (BATCHES + 1) <= BATCHES + 1 + 5

@@ -29,7 +29,8 @@ class Segments:
     Attributes:
         calls: the flat program and the calls in it.
         layout: how batches lie on devices.
-        sample_weights: `(closed, batch, present)`: the weights of a batch's samples, or None.
+        is_weighted: whether samples have weights.
+        sample_weights: `(closed, batch, present)`: those of a batch's samples.
         layers: the layer of each call, for messages.
         entries: for each call the numbers of the stored entries that it reads.
         inputs: the variables of a batch's leaves, and of its random keys'.
@@ -47,6 +48,7 @@ class Segments:
         self.layers = [eqn.params["layer"] for eqn in self.taps]
         closed, variables, self._batch_leaves, _ = self.calls.arguments
         self._shared, self.inputs = jaxpr.invars[: closed + variables], jaxpr.invars[closed + variables :]
+        self.is_weighted = self.calls.weigh is not None or self.calls.present is not None
         self.sample_weights = jax.jit(self.calls.sample_weights)
         self.reads_size: bool | None = None
         self._compiled: dict[Hashable, Any] = {}
@@ -82,6 +84,7 @@ class Segment:
     Attributes:
         work: how much it computes.
         dead: which variables of a batch nobody needs afterwards.
+        dtypes: those of the mean and the variance that the call lets through.
         has_run: whether `measure` was called, so that it is compiled.
     """
 
@@ -105,6 +108,7 @@ class Segment:
         self._shared = [v for v in outside if v not in before]
         self._operands = operands
         self._spent = _spent([v for v in self._read if v in self.dead and v not in whole.inputs], self._made)
+        self.dtypes = tuple(v.aval.dtype for v in tap.outvars)
         self.has_run = False
 
     def measure(
@@ -130,8 +134,9 @@ class Segment:
 
     def statistics(self, mean: Any, var: Any) -> Values:
         """What the call lets through, as variables shared by later segments."""
-        given = zip(self._tap.outvars, (mean, var))
-        return {v: jax.device_put(a if a.dtype == v.aval.dtype else a.astype(v.aval.dtype)) for v, a in given}
+        given = zip(self._tap.outvars, self.dtypes, (mean, var))
+        cast = [(v, a if a.dtype == dtype else a.astype(dtype)) for v, dtype, a in given]
+        return {v: a if isinstance(a, jax.Array) else jax.device_put(a) for v, a in cast}
 
     @cached_property
     def _key(self) -> Hashable:
