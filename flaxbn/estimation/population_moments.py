@@ -103,7 +103,6 @@ def moments_of_layers(
     **options: Any,
 ) -> dict[Path, Moments]:
     """What `population_moments` gives, by the paths of the layers; `options` are for `request`."""
-    normalization_batch = options["normalization_batch"]
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
         data: Arrays | Stream | None = None
@@ -112,7 +111,7 @@ def moments_of_layers(
         if has_other_names(held):
             first, data = open_batches(batches, batch_size, num_samples).peeked()
         asked = request(opened, held, first=first, **options)
-        _check_method(method, memory_limit, normalization_batch, earlier)
+        _check_method(method, memory_limit, options["normalization_batch"], earlier)
         if batch_size is not None or isinstance(batches, list):
             check_concrete("batches", None if isinstance(batches, Iterator) else batches)
         before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
