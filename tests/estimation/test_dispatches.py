@@ -78,7 +78,7 @@ def test_an_exact_pass_on_an_accelerator_transfers_as_much_however_many_layers(t
     assert few["programs"] - 9 * (BATCHES + 1) <= BATCHES + 1 + 5
 
 
-def test_on_an_accelerator_segments_compile_side_by_side_and_once(monkeypatch, caplog, accelerator):
+def test_on_an_accelerator_segments_compile_side_by_side_and_once(monkeypatch, caplog, request, accelerator):
     """What is compiled ahead is what runs: no program more than where each is compiled when it is needed."""
     variables = jax.jit(Deep(4).init)(jax.random.key(0), X[:2])
     threads, compile_lowered = set(), jax.stages.Lowered.compile
@@ -89,11 +89,13 @@ def test_on_an_accelerator_segments_compile_side_by_side_and_once(monkeypatch, c
 
     def compiled():
         caplog.clear()
-        with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        with caplog.at_level(logging.WARNING, "jax"):
             flaxbn.estimate_population_stats(Deep(4), variables, X, batch_size=12, method="exact")
         return sum("XLA compilation of jit(_measured)" in r.getMessage() for r in caplog.records)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", noted)
+    jax.config.update("jax_log_compiles", True)  # in all threads, other than the context manager
+    request.addfinalizer(lambda: jax.config.update("jax_log_compiles", False))
     ahead = compiled()
     assert threads
     assert threading.current_thread() not in threads
