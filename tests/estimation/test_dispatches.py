@@ -1,13 +1,17 @@
 """What a call costs beside computing: programs and transfers, as the profiler of jax counts them."""
 
+import logging
 import pathlib
 import sys
+import threading
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 import flaxbn
+from flaxbn.estimation import reuse
+from flaxbn.estimation.exact import layer_by_layer
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (48, 4)).astype(np.float32)
 BATCHES = 4
@@ -97,3 +101,30 @@ def test_an_exact_pass_on_an_accelerator_transfers_as_much_however_many_layers(t
     assert many["programs"] - few["programs"] == (12 - 9) * (BATCHES + 1)
     # A copy of each batch that is read; the check, and what lays arrays end to end or cuts them apart.
     assert few["programs"] - 9 * (BATCHES + 1) <= BATCHES + 1 + 5
+
+
+def test_on_an_accelerator_segments_compile_side_by_side_and_once(monkeypatch, caplog, request, accelerator):
+    """What is compiled ahead is what runs: no program more than where each is compiled when it is needed."""
+    variables = jax.jit(Deep(4).init)(jax.random.key(0), X[:2])
+    threads, compile_lowered = set(), jax.stages.Lowered.compile
+
+    def noted(lowered):
+        threads.add(threading.current_thread())
+        return compile_lowered(lowered)
+
+    def compiled():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "jax"):
+            flaxbn.estimate_population_stats(Deep(4), variables, X, batch_size=12, method="exact")
+        return sum("XLA compilation of jit(_measured)" in r.getMessage() for r in caplog.records)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", noted)
+    jax.config.update("jax_log_compiles", True)  # in all threads, other than the context manager
+    request.addfinalizer(lambda: jax.config.update("jax_log_compiles", False))
+    ahead = compiled()
+    assert threads
+    assert threading.current_thread() not in threads
+    monkeypatch.setattr(layer_by_layer, "_compile_ahead", lambda *given: None)
+    reuse._by_snapshot.clear()
+    reuse._by_program.clear()
+    assert compiled() == ahead > 1

@@ -1,10 +1,11 @@
 """All batches in lockstep: every one up to the input of a layer, and on with the statistics of all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
@@ -48,6 +49,8 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
     waits = not on_accelerator(asked.variables)
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
     stored = _stored(asked, batches, defaults, waits=waits)
+    if not waits and all(kept):
+        _compile_ahead(asked, by_kind.values())
     measured = []
     counter.expect(len(batches) * len(kept))
     base = 0
@@ -64,6 +67,16 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
             base = call + 1 if keeps else base
             counter.add(len(batches))
     return Found(measured)
+
+
+def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
+    """Where all lies on one device; where arrays lie otherwise, and where there are weights, each call compiles."""
+    arrays = jax.tree.leaves(asked.variables)
+    devices = set().union(*(a.devices() for a in arrays))
+    if len(devices) == 1:
+        for one in kinds:
+            if not one.segments.is_weighted:
+                one.segments.compile_ahead(SingleDeviceSharding(*devices))
 
 
 def _first_bad(firsts: Sequence[int], places: Sequence[Any]) -> int:
