@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.placement import to_auto
+from flaxbn.data.placement import array_types, to_auto
 from flaxbn.data.samples import check_numbers, common_length, gather_names, hide
 from flaxbn.data.samples import count_samples as count_samples
 
@@ -266,8 +266,9 @@ def check_not_deleted(name: str, tree: Any) -> None:
     Raises:
         ValueError: naming the argument, as which `tree` was given.
     """
-    arrays = (a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer))
-    if any(a.is_deleted() for a in arrays):
+    leaves = jax.tree.leaves(tree)
+    concrete = {kind for kind in array_types(leaves) if not issubclass(kind, jax.core.Tracer)}
+    if any(type(leaf) in concrete and leaf.is_deleted() for leaf in leaves):
         raise ValueError(
             f"`{name}` must hold arrays that are still there: got one that was deleted, as jax does with arrays that "
             "are donated to a compiled function (`donate_argnums`, `donate_argnames`). Give what that function "

@@ -67,10 +67,18 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(sharding.mesh, spec(leaf)), tree))
 
 
+def array_types(leaves: Iterable[Any]) -> set[type]:
+    """The types of jax's arrays among leaves, traced ones too: asked once for each, and not for hundreds of leaves."""
+    return {kind for kind, leaf in {type(leaf): leaf for leaf in leaves}.items() if isinstance(leaf, jax.Array)}
+
+
 def on_device(tree: Any) -> Any:
     """A tree of arrays as jax arrays: those that are none go to the default device."""
     leaves, structure = jax.tree.flatten(tree)
-    missing = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    there = array_types(leaves)
+    missing = [i for i, leaf in enumerate(leaves) if type(leaf) not in there]
+    if not missing:
+        return tree
     put = dict(zip(missing, put_together([np.asarray(leaves[i]) for i in missing])))
     return jax.tree.unflatten(structure, [put.get(i, leaf) for i, leaf in enumerate(leaves)])
 
@@ -96,6 +104,17 @@ def put_together(arrays: Sequence[np.ndarray]) -> list[jax.Array]:
         for i, array in zip(own, put):
             found[i] = array
     return found
+
+
+def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
+    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
+    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
+    if not bound:
+        return put_together(new)
+    free = [i for i in range(len(old)) if i not in set(bound)]
+    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
+    placed |= zip(free, put_together([new[i] for i in free]))
+    return [placed[i] for i in range(len(old))]
 
 
 _SMALL = 2**16  # bytes; what is larger is not copied once more to save a transfer

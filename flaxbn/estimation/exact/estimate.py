@@ -61,7 +61,7 @@ def _pass(
     def verified() -> Result:
         compare = None if check is None else check.start(found.statistics)  # before anybody waits for the run
         moments, first_bad = found.fetched()
-        result = Result(entries, range(len(batches)), moments, first_bad)
+        result = Result.of_calls(entries, range(len(batches)), moments, first_bad)
         check_finite([result], asked.layers)
         if asked.options.sample_weight is None:
             check_population(result, asked.layers)
