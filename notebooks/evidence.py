@@ -187,13 +187,14 @@ def same_column(groups: int, one: str, other: str) -> Callable[[dict[str, Any]],
     return answer
 
 
-def curve(part: str, position: int, when: str) -> Callable[[dict[str, Any]], Found]:
+def precise_is_better(part: str, position: int, when: str) -> Callable[[dict[str, Any]], Found]:
     """That precise statistics are better than the running average at a point of the training."""
 
     def answer(found: dict[str, Any]) -> Found:
         names, values = found[part]["statistics"], np.array(found[part]["errors"])[:, position]
         old, new = values[:, names.index("0.9")], values[:, names.index("precise")]
-        return effect(old - new, f"{when}: {change(old, new)}")
+        epochs = f" after {found[part]['epochs'][position]:.2g} epochs" if "epochs" in found[part] else ""
+        return effect(old - new, f"{when}{epochs}, momentum 0.9: {change(old, new)}")
 
     return answer
 
@@ -205,7 +206,7 @@ def thousand_images(found: dict[str, Any]) -> Found:
 
 
 def augmented(found: dict[str, Any]) -> Found:
-    old, new = np.array(found["plain_images"]["32"]), column(found, 32, "exact, 2")
+    old, new = (np.array(found["trained_on_augmented"][kind]) for kind in ("plain", "augmented"))
     return effect(old - new, f"Plain → augmented: {change(old, new)}", reported=0.4)
 
 
@@ -311,13 +312,13 @@ CLAIMS = (
         "Early in training the running average is far worse than precise statistics",
         WU + ", section 3",
         "4_estimating_statistics",
-        curve("early", 2, "After a quarter of an epoch, momentum 0.9"),
+        precise_is_better("early", 2, "Batches of 128"),
     ),
     Claim(
         "So it is with large batches, 8 192 there",
         WU + ", section 3",
         "4_estimating_statistics",
-        curve("large", 1, "Batches of 2 048, after two epochs, momentum 0.9"),
+        precise_is_better("large", 1, "Batches of 2 048 after 2 epochs"),
     ),
     Claim(
         "At the end of a long training the two agree (23.7 and 23.5 % error)",
