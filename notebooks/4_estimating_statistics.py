@@ -42,6 +42,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import lab
 import matplotlib.pyplot as plt
 import numpy as np
@@ -102,14 +103,20 @@ def moved(stats, latest, momentum):
     return jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, stats, latest)
 
 
+def untouched(batch_stats):
+    """What layers begin with."""
+    return {
+        name: {"mean": jnp.zeros_like(s["mean"]), "var": jnp.ones_like(s["var"])} for name, s in batch_stats.items()
+    }
+
+
 def train(group, batch_size, epochs, seed):
     """What is there after each step."""
     batches, optimizer = lab.epochs(epochs, size, batch_size, seed), adam(epochs * (size // batch_size))
-    fresh = network().init(jax.random.key(seed), data.train.images[:2])["batch_stats"]
-    running = dict.fromkeys(MOMENTA, fresh)
+    running = None
     setting = {"optimizer": optimizer, "split": data.train, "augmented": True}
     for state in lab.train(network(group), batches, seed=seed, **setting):
-        running = follow(running, state.batch_stats)
+        running = follow(running or dict.fromkeys(MOMENTA, untouched(state.batch_stats)), state.batch_stats)
         yield Trained(state.params, running)
 
 
