@@ -21,11 +21,11 @@ class Source(NamedTuple):
 
     Attributes:
         shape: its arrays as shapes and dtypes.
-        read: gives the arrays; may be called again.
+        read: gives the arrays, or with a number at most so many of their samples; may be called again.
     """
 
     shape: Any
-    read: Callable[[], Any]
+    read: Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,10 @@ class Arrays:
 
     def sources(self) -> list[Source]:
         """Each batch, to be read when it is needed."""
-        return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
+        return [Source(abstract(self.arrays, len(rows)), partial(self._first, rows)) for rows in self._batches()]
+
+    def _first(self, rows: np.ndarray, samples: int | None = None) -> Any:
+        return self.take(rows[:samples])
 
     def length(self) -> int:
         """How many batches there are."""
@@ -280,9 +283,9 @@ def _received(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
-def _held(batch: Any) -> Any:
+def _held(batch: Any, samples: int | None = None) -> Any:
     check_not_deleted("batches", batch)  # whoever made it may have gone on
-    return batch
+    return batch if samples is None else jax.tree.map(lambda a: a[:samples], batch)
 
 
 def _described(batches: Any) -> str:

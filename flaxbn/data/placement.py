@@ -114,6 +114,31 @@ def _cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array
     return [part.reshape(shape) for part, shape in zip(jnp.split(flat, ends), shapes)]
 
 
+def get_together(tree: Any) -> Any:
+    """A tree of arrays in host memory, those of one dtype by one transfer: what `put_together` is, the other way.
+
+    They are laid end to end on the device. On a CPU nothing is transferred, and they are read where they are.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    numbers: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array):
+            numbers.setdefault(leaf.dtype, []).append(i)
+    if not numbers or not on_accelerator([leaves[i] for own in numbers.values() for i in own]):
+        return jax.device_get(tree)
+    flat = jax.device_get(_end_to_end([[leaves[i] for i in own] for own in numbers.values()]))
+    for own, together in zip(numbers.values(), flat):
+        ends = np.cumsum([leaves[i].size for i in own])[:-1]
+        for i, part in zip(own, np.split(together, ends)):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.jit
+def _end_to_end(groups: list[list[jax.Array]]) -> list[jax.Array]:
+    return [jnp.concatenate([jnp.ravel(a) for a in group]) for group in groups]
+
+
 def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:
     """A context for what is compiled here, whatever mesh the caller has made the current one."""
     current = jax.sharding.get_abstract_mesh()
