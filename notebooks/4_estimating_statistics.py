@@ -412,7 +412,7 @@ lab.keep(
     columns=COLUMNS,
     sample=SAMPLE,
     errors={str(group): values for group, values in errors.items()},
-    variance_ratios={str(group): values for group, values in ratios.items()},
+    variance_ratios={str(group): np.round(values, 4) for group, values in ratios.items()},
     early={"epochs": parts, "statistics": (*map(str, MOMENTA), "precise"), "errors": early},
     large={"batch_size": LARGE, "statistics": (*map(str, MOMENTA), "precise"), "errors": large},
     number_of_images={"images": images, "errors": by_count},
@@ -427,7 +427,8 @@ lab.keep(
 # ## What follows
 #
 # - Estimate with the weights frozen. Early in training, and with large batches, a running average belongs to weights
-#   that are gone, or still to what it began with. Where the learning rate has decayed and steps were many, it does.
+#   that are gone, or still to what it began with. Where the learning rate has decayed and steps were many, it is as
+#   good.
 # - Estimate in batches of 100, or with `method="exact"`, whose result is the same for every batch size: that is for
 #   whoever has memory for two images only.
 # - A running average that was kept in training has the variance of the groups of training in it, since the layers above
