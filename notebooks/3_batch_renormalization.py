@@ -43,7 +43,6 @@ import concurrent.futures
 import functools
 import operator
 
-import figures
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,7 +50,6 @@ import lab
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import training
 
 import flaxbn
 
@@ -273,7 +271,7 @@ for ax, kind in zip(axes, BATCHES):
         lab.draw(ax, sizes, errors[kind, name, "running"], color=color, label=name, marker=marker)
         exact = errors[kind, name, "exact"].mean(0)
         ax.plot(sizes, exact, ":", marker=marker, fillstyle="none", color=color, label="with exact statistics")
-    figures.draw_band(
+    lab.figures.draw_band(
         ax,
         (SIZES[0], BATCH),
         np.full(2, alone.mean()),
@@ -461,10 +459,10 @@ def trained(keys, split, batches, *, model, optimizer):
     """The states at the end of trainings on batches [seed, step, example]."""
 
     def step(state, index):
-        return training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)[0], None
+        return lab.training.train_step(state, split, index, model=model, optimizer=optimizer, update=True)[0], None
 
     def one(key, batches):
-        state = training.initial_state(key, split.images[:2], model=model, optimizer=optimizer)
+        state = lab.training.initial_state(key, split.images[:2], model=model, optimizer=optimizer)
         return jax.lax.scan(step, state, batches)[0]
 
     return jax.vmap(one)(keys, batches)
