@@ -54,7 +54,7 @@ import optax
 import flaxbn
 
 SIZES = (2, 4, 8, 32) if lab.FULL else (4,)
-EPOCHS, BATCH, LEARNING_RATE = (3, 128, 5e-3) if lab.FULL else (8, 64, 1e-2)
+EPOCHS, BATCH, LEARNING_RATE = (3, 128, 5e-3) if lab.FULL else (5, 64, 1e-2)
 MOMENTUM = 0.95
 lab.scale("cifar10", "mnist")
 
