@@ -64,8 +64,8 @@ def data_folder(name: str) -> pathlib.Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"FULL=1 reads {name} from the folder {name} in DATA_DIR: there is none in {DATA_DIR}. Name the folder "
-            "that holds mnist, usps, cifar10 and svhn, each with its four IDX files: make notebooks FULL=1 "
-            "DATA_DIR=DIR. Without FULL=1 the notebooks need no files."
+            "that holds mnist, usps, cifar10 and svhn, each with its four IDX files, and heart with heart.csv: make "
+            "notebooks FULL=1 DATA_DIR=DIR. Without FULL=1 the notebooks need no files."
         )
     return folder
 

@@ -73,8 +73,8 @@ def test_the_code_of_the_readme_runs_on_the_first_page():
 def test_figures_are_those_of_the_notebooks():
     """`python docs/figures.py` puts them there."""
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
-    for notebook, file in figures["FIGURES"].items():
-        drawn = figures["figure_of"](ROOT / "notebooks" / f"{notebook}.ipynb")
+    for (notebook, number), file in figures["FIGURES"].items():
+        drawn = figures["figure_of"](ROOT / "notebooks" / f"{notebook}.ipynb", number)
         assert drawn == (ROOT / "docs" / file).read_bytes()
 
 

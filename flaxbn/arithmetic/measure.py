@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Inexact
 
+from flaxbn.arithmetic import blocks
 from flaxbn.arithmetic.groups import Sharing, check_weights
 from flaxbn.arithmetic.moments import Moments, shifted, widen
 from flaxbn.arithmetic.pivot import abs2, mean_and_var, rounded_mean
@@ -102,6 +103,7 @@ def measure_deviations(
     axis_name: Hashable = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     lanes: int = 1,
+    in_blocks: bool = False,
 ) -> Measured:
     """`measure` before rounding, of any positions that share statistics, those of other members included.
 
@@ -115,6 +117,8 @@ def measure_deviations(
         axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s, and with
             weights that are no bools a `pmax`.
         lanes: how many arrays are measured at once, where `jax.vmap` maps this over others like `x`.
+        in_blocks: sum in fewer kernels, for an accelerator; where there are weights, domains or complex values it is
+            the same. It is not for differentiation.
 
     Returns:
         float32 or wider, of the shape that `sharing` gives statistics.
@@ -124,11 +128,13 @@ def measure_deviations(
     real = jnp.finfo(x.dtype).dtype
     counted = _in_units(weights, x.shape, real, sharing, axis_name, axis_index_groups)
     x = x if weights is None else jnp.where(weights > 0, x, 0)
+    in_blocks = in_blocks and weights is None and sharing.domain is None and not jnp.iscomplexobj(x)
 
     def sums(*values: Array) -> tuple[Array, ...]:
         """The sum of the weights, and that of each of the values, over all members."""
         weighted = [v if weights is None else counted.weights * v for v in values]
-        found = sharing.count(counted.weights, values[0].shape), *sharing.total(weighted)
+        total = blocks.sums(weighted, sharing.axes) if in_blocks else sharing.total(weighted)
+        found = sharing.count(counted.weights, values[0].shape), *total
         if axis_name is not None:
             found = jax.lax.psum(found, axis_name, axis_index_groups=axis_index_groups)
         return tuple(map(_kept, found))

@@ -179,6 +179,8 @@ def merge_numbered(moments: Moments, numbers: np.ndarray, total: int) -> Moments
         return np.bincount(numbers, values, total).astype(np.float64)  # of nothing it would be integers
 
     wide = Moments(*(np.asarray(field, _host_dtype(field)) for field in moments))  # type: ignore[arg-type]
+    if np.bincount(numbers).max(initial=0) < 2:  # as in most networks: there is nothing to merge
+        return Moments(*(_placed(np.where(wide.count > 0, field, 0), numbers, total) for field in wide))  # type: ignore[arg-type]
     return _merge_by(lambda values: jax.tree.map(sums, values), wide, lambda statistics: statistics[numbers])
 
 
@@ -197,6 +199,12 @@ def _merge(*moments: Moments) -> Moments:
     xp: Any = np if on_host else jnp
     fields = (xp.stack([xp.broadcast_to(xp.asarray(f), shape) for f in fields]) for fields in zip(*moments))
     return merge_along(Moments(*(f.astype(_host_dtype(f) if on_host else widen(f.dtype)) for f in fields)))
+
+
+def _placed(values: np.ndarray, numbers: np.ndarray, total: int) -> np.ndarray:
+    found = np.zeros(total, values.dtype)
+    found[numbers] = values
+    return found
 
 
 def _host_dtype(field: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxbn.data.placement import to_auto
+from flaxbn.data.placement import array_types, to_auto
 from flaxbn.data.samples import check_numbers, common_length, gather_names, hide
 from flaxbn.data.samples import count_samples as count_samples
 
@@ -21,11 +21,11 @@ class Source(NamedTuple):
 
     Attributes:
         shape: its arrays as shapes and dtypes.
-        read: gives the arrays; may be called again.
+        read: gives the arrays, or with a number at most so many of their samples; may be called again.
     """
 
     shape: Any
-    read: Callable[[], Any]
+    read: Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,10 @@ class Arrays:
 
     def sources(self) -> list[Source]:
         """Each batch, to be read when it is needed."""
-        return [Source(abstract(self.arrays, len(rows)), partial(self.take, rows)) for rows in self._batches()]
+        return [Source(abstract(self.arrays, len(rows)), partial(self._first, rows)) for rows in self._batches()]
+
+    def _first(self, rows: np.ndarray, samples: int | None = None) -> Any:
+        return self.take(rows[:samples])
 
     def length(self) -> int:
         """How many batches there are."""
@@ -263,8 +266,9 @@ def check_not_deleted(name: str, tree: Any) -> None:
     Raises:
         ValueError: naming the argument, as which `tree` was given.
     """
-    arrays = (a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer))
-    if any(a.is_deleted() for a in arrays):
+    leaves = jax.tree.leaves(tree)
+    concrete = {kind for kind in array_types(leaves) if not issubclass(kind, jax.core.Tracer)}
+    if any(type(leaf) in concrete and leaf.is_deleted() for leaf in leaves):
         raise ValueError(
             f"`{name}` must hold arrays that are still there: got one that was deleted, as jax does with arrays that "
             "are donated to a compiled function (`donate_argnums`, `donate_argnames`). Give what that function "
@@ -280,9 +284,9 @@ def _received(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
-def _held(batch: Any) -> Any:
+def _held(batch: Any, samples: int | None = None) -> Any:
     check_not_deleted("batches", batch)  # whoever made it may have gone on
-    return batch
+    return batch if samples is None else jax.tree.map(lambda a: a[:samples], batch)
 
 
 def _described(batches: Any) -> str:

@@ -67,10 +67,18 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.device_put(tree, jax.tree.map(lambda leaf: NamedSharding(sharding.mesh, spec(leaf)), tree))
 
 
+def array_types(leaves: Iterable[Any]) -> set[type]:
+    """The types of jax's arrays among leaves, traced ones too: asked once for each, and not for hundreds of leaves."""
+    return {kind for kind, leaf in {type(leaf): leaf for leaf in leaves}.items() if isinstance(leaf, jax.Array)}
+
+
 def on_device(tree: Any) -> Any:
     """A tree of arrays as jax arrays: those that are none go to the default device."""
     leaves, structure = jax.tree.flatten(tree)
-    missing = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    there = array_types(leaves)
+    missing = [i for i, leaf in enumerate(leaves) if type(leaf) not in there]
+    if not missing:
+        return tree
     put = dict(zip(missing, put_together([np.asarray(leaves[i]) for i in missing])))
     return jax.tree.unflatten(structure, [put.get(i, leaf) for i, leaf in enumerate(leaves)])
 
@@ -98,6 +106,17 @@ def put_together(arrays: Sequence[np.ndarray]) -> list[jax.Array]:
     return found
 
 
+def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
+    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
+    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
+    if not bound:
+        return put_together(new)
+    free = [i for i in range(len(old)) if i not in set(bound)]
+    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
+    placed |= zip(free, put_together([new[i] for i in free]))
+    return [placed[i] for i in range(len(old))]
+
+
 _SMALL = 2**16  # bytes; what is larger is not copied once more to save a transfer
 _FEW = 16  # arrays; for fewer a program that cuts them is not worth compiling
 _CUT = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int32), jnp.dtype(jnp.bfloat16), np.dtype(np.float16))
@@ -112,6 +131,31 @@ def _as_given(arrays: list[Any]) -> list[Any]:
 def _cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
     return [part.reshape(shape) for part, shape in zip(jnp.split(flat, ends), shapes)]
+
+
+def get_together(tree: Any) -> Any:
+    """A tree of arrays in host memory, those of one dtype by one transfer: what `put_together` is, the other way.
+
+    They are laid end to end on the device. On a CPU nothing is transferred, and they are read where they are.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    numbers: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array):
+            numbers.setdefault(leaf.dtype, []).append(i)
+    if not numbers or not on_accelerator([leaves[i] for own in numbers.values() for i in own]):
+        return jax.device_get(tree)
+    flat = jax.device_get(_end_to_end([[leaves[i] for i in own] for own in numbers.values()]))
+    for own, together in zip(numbers.values(), flat):
+        ends = np.cumsum([leaves[i].size for i in own])[:-1]
+        for i, part in zip(own, np.split(together, ends)):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.jit
+def _end_to_end(groups: list[list[jax.Array]]) -> list[jax.Array]:
+    return [jnp.concatenate([jnp.ravel(a) for a in group]) for group in groups]
 
 
 def own_mesh(sharding: NamedSharding | None, *, by_device: bool) -> Any:

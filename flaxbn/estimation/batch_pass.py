@@ -21,6 +21,7 @@ from flaxbn.estimation.joined import Packed, Pending, Record, join, merge_joined
 from flaxbn.estimation.request import Request
 from flaxbn.estimation.sharded import measure_sharded
 from flaxbn.models.keys import fold_in
+from flaxbn.tracing.ahead import computed_ahead
 from flaxbn.tracing.jaxpr import Hashed
 from flaxbn.tracing.measure import batch_statistics, stored_statistics
 from flaxbn.tracing.primitive import Tap
@@ -49,6 +50,7 @@ class Pass:
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         (self.calls,) = calls
         self.layout = layout
+        self._ahead, self._program = computed_ahead(self.calls.program, sum(self.calls.arguments[:2]))
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))
         self.scan = jax.jit(self._scan)
@@ -71,17 +73,21 @@ class Pass:
             a batch as shapes and dtypes.
         """
         if self._like is None:
-            moments = jax.eval_shape(self.sharded_moments, *args)
+            closed, variables, *others = args
+            moments = jax.eval_shape(self.sharded_moments, self._prepared(closed, variables), variables, *others)
             types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
             self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
         return self._like
 
+    def _prepared(self, closed: Closed, variables: Any) -> Closed:
+        return closed._replace(ahead=self._ahead(*jax.tree.leaves((closed.model, variables))))
+
     def _moments(self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any) -> list[Record]:
         weights = self.calls.sample_weights(closed, batch, present)
         rngs = fold_in(rngs, step)
-        leaves = jax.tree.leaves((closed.model, variables, batch, rngs))
+        leaves = jax.tree.leaves((closed.ahead, closed.model, variables, batch, rngs))
         on_tap = functools.partial(self._on_tap, common_length(batch), weights)
-        _, records = self.calls.program.run(leaves, on_tap)
+        _, records = self._program.run(leaves, on_tap)
         return join([record for record in records if record is not None])
 
     def _on_tap(self, samples: int | None, weights: Array | None, tap: Tap) -> tuple[Array, Array, Record | None]:
@@ -89,7 +95,8 @@ class Pass:
             return stored_statistics(tap)
         self.calls.check_values(tap)
         sharding = None if self.layout.has_parts else self.layout.sharding
-        measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding)
+        in_blocks = self.layout.on_accelerator and self.layout.sharding is None
+        measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding, in_blocks=in_blocks)
         return *batch_statistics(tap, measured), Record.of(measured)
 
     def sharded_moments(
@@ -147,6 +154,7 @@ class Pass:
             return put(buffer, i, self.sharded_moments(closed, variables, rngs, batch_at(i), present, first + i))
 
         most = jax.tree.leaves(batches if places is None else places)[0].shape[0]
+        closed = self._prepared(closed, variables)
         _, like = self.moments_like(closed, variables, rngs, batch_at(0), present, first)
         steps = most if count is None else count  # one that is known is no question to an accelerator after each step
         return merge_joined(jax.lax.fori_loop(0, steps, step, room(like, most)), by_device=self.layout.by_device)
@@ -167,6 +175,7 @@ class Pass:
             batch = [a[i] for a in stacked]
             return put(buffer, slot + i, self.sharded_moments(closed, variables, rngs, batch, present, numbers[i]))
 
+        closed = self._prepared(closed, variables)
         stacked = [jnp.stack(arrays) for arrays in zip(*batches, strict=True)]
         steps = 1 if len(batches) == 1 else count
         return jax.lax.fori_loop(0, steps, step, buffer), numbers + 1

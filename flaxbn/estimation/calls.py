@@ -34,10 +34,12 @@ class Closed(NamedTuple):
     Attributes:
         model: those of the model and `call`.
         weights: those of `sample_weight`.
+        ahead: what a pass has computed of the model's variables before its loop over batches.
     """
 
     model: list[Array]
     weights: list[Array]
+    ahead: Sequence[Array] = ()
 
 
 class LayerCalls(NamedTuple):

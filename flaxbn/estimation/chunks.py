@@ -23,7 +23,7 @@ def room(moments: Any, batches: int) -> Any:
 
 def put(buffer: Any, slot: Any, moments: Any) -> Any:
     """The buffers with the moments of one batch in row `slot`."""
-    return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype)), buffer, moments)
+    return jax.tree.map(lambda b, m: b.at[slot].set(m.astype(b.dtype), mode="promise_in_bounds"), buffer, moments)
 
 
 class Ahead:

@@ -21,11 +21,13 @@ class Layout(NamedTuple):
         sharding: how the samples of a batch are split.
         by_device: whether each device normalizes its own part by itself.
         group: how many consecutive samples normalize by themselves, where it is not all.
+        on_accelerator: whether they lie on devices that are no CPUs, where few kernels count more than few additions.
     """
 
     sharding: NamedSharding | None
     by_device: bool
     group: int | None
+    on_accelerator: bool
 
     @property
     def has_parts(self) -> bool:
@@ -56,12 +58,13 @@ class PassOptions(NamedTuple):
     sharding: NamedSharding | None
     by_device: bool
     group: int | None
+    on_accelerator: bool
     tracing: tuple[Any, ...]
 
     @property
     def layout(self) -> Layout:
         """What of it a pass needs that is made from a traced model."""
-        return Layout(self.sharding, self.by_device, self.group)
+        return Layout(self.sharding, self.by_device, self.group, self.on_accelerator)
 
 
 class Shapes(NamedTuple):

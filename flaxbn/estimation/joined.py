@@ -3,7 +3,6 @@
 On an accelerator an operation takes as long for one layer's few hundred channels as for all layers' thousands.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,21 +102,12 @@ def fetched(results: Sequence[Pending]) -> list[Result]:
 
 
 def _unpack(result: Pending, packed: Sequence[Sequence[np.ndarray]]) -> Result:
-    shapes = [entries.shape for entries in result.entries]
-    found: list[Any] = [None] * len(shapes)
-    first_bad, first_single = [-1] * len(shapes), [-1] * len(shapes)
-    kinds = [[i for i, own in enumerate(result.is_complex) if own == kind] for kind in (False, True)]
-    for own, (real, *complex_mean) in zip([kind for kind in kinds if kind], packed, strict=True):
-        count, var, bad, single, mean = *real[:4], complex_mean[0] if complex_mean else real[4]
-        end = 0
-        for i in own:
-            begin, end = end, end + math.prod(shapes[i])
-            found[i] = Moments(*(field[begin:end].reshape(shapes[i]) for field in (count, mean, var)))  # type: ignore[arg-type]
-            first_bad[i], first_single[i] = earliest(bad[begin:end]), earliest(single[begin:end])
-    return Result(result.entries, result.steps, found, first_bad, first_single)
-
-
-def earliest(places: np.ndarray) -> int:
-    """The least of some places, or -1 where all are infinity."""
-    least = np.min(places, initial=np.inf)
-    return -1 if np.isinf(least) else int(least)
+    kinds = [kind for kind in (False, True) if kind in result.is_complex]
+    sizes = [entries.size for entries in result.entries]
+    real = np.empty((4, sum(sizes)))
+    mean = np.empty(sum(sizes), complex if True in kinds else float)
+    for kind, (own, *complex_mean) in zip(kinds, packed, strict=True):
+        at: Any = slice(None) if len(kinds) == 1 else np.repeat(result.is_complex, sizes) == kind
+        real[:, at], mean[at] = own[:4], complex_mean[0] if complex_mean else own[4]
+    count, var, bad, single = real
+    return Result(result.entries, result.steps, Moments(count, mean, var), bad, single, result.is_complex)  # type: ignore[arg-type]

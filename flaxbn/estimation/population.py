@@ -9,9 +9,9 @@ from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge
 from flaxbn.data.progress import Progress
-from flaxbn.estimation.population_moments import population_moments
+from flaxbn.estimation.population_moments import moments_of_layers
 from flaxbn.models.arguments import Model, open_model, takes_model
-from flaxbn.models.batch_stats import as_tree, by_path, replace_statistics
+from flaxbn.models.batch_stats import as_tree, by_path, replace_layers, replace_statistics
 from flaxbn.models.leaves import named_leaves
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Path, places_of
@@ -146,7 +146,7 @@ def estimate_population_stats(
         True
     """
     model, variables = open_model(model, variables)
-    moments = population_moments(
+    moments = moments_of_layers(
         model,
         variables,
         batches,
@@ -164,7 +164,7 @@ def estimate_population_stats(
         check_independence=check_independence,
         progress=progress,
     )
-    return to_batch_stats(moments, variables["batch_stats"], keep_unseen=keep_unseen)
+    return replace_layers(variables["batch_stats"], moments, keep_unseen=keep_unseen)
 
 
 def to_batch_stats(moments: Any, batch_stats: Any, *, keep_unseen: bool = False) -> Any:

@@ -15,11 +15,11 @@ from flaxbn.data.processes import gather, on_all
 from flaxbn.data.progress import Counter, Progress, counting
 from flaxbn.estimation.exact.estimate import exact_pass
 from flaxbn.estimation.exact.plan import check_limit
-from flaxbn.estimation.layer_moments import Result, checked_tree, merged_by_layer, warn_called_twice
+from flaxbn.estimation.layer_moments import Result, checked, merged_by_layer, warn_called_twice
 from flaxbn.estimation.precise import precise_pass
 from flaxbn.estimation.request import Request, has_other_names, request
 from flaxbn.models.arguments import Model, check_concrete, open_model, takes_model
-from flaxbn.models.batch_stats import moments_by_path
+from flaxbn.models.batch_stats import as_tree, moments_by_path
 from flaxbn.models.linen import Call
 from flaxbn.models.places import Path
 from flaxbn.models.unseen import one_warning
@@ -69,17 +69,49 @@ def population_moments(
         >>> int(merged.count[0]), merged.mean.tolist()
         (6, [5.0, 6.0])
     """
-    options: dict[str, Any] = {"call": call, "sample_weight": sample_weight, "only": only, "rngs": rngs}
+    options: dict[str, Any] = {
+        "call": call,
+        "batch_size": batch_size,
+        "num_samples": num_samples,
+        "method": method,
+        "sample_weight": sample_weight,
+        "only": only,
+        "keep_unseen": keep_unseen,
+        "memory_limit": memory_limit,
+        "sharding": sharding,
+        "normalization_batch": normalization_batch,
+        "rngs": rngs,
+        "check_independence": check_independence,
+        "progress": progress,
+    }
+    return as_tree(moments_of_layers(model, variables, batches, **options, earlier=earlier))
+
+
+def moments_of_layers(
+    model: Model,
+    variables: Mapping[str, Any],
+    batches: Any,
+    *,
+    batch_size: int | None,
+    num_samples: int | None,
+    method: str,
+    keep_unseen: bool,
+    memory_limit: int | None,
+    check_independence: bool,
+    progress: Progress | None,
+    earlier: Any = None,
+    **options: Any,
+) -> dict[Path, Moments]:
+    """What `population_moments` gives, by the paths of the layers; `options` are for `request`."""
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
-        checked = options | {"sharding": sharding, "normalization_batch": normalization_batch}
         data: Arrays | Stream | None = None
         first = None
         opened, held = open_model(model, variables)
         if has_other_names(held):
             first, data = open_batches(batches, batch_size, num_samples).peeked()
-        asked = request(opened, held, first=first, **checked)
-        _check_method(method, memory_limit, normalization_batch, earlier)
+        asked = request(opened, held, first=first, **options)
+        _check_method(method, memory_limit, options["normalization_batch"], earlier)
         if batch_size is not None or isinstance(batches, list):
             check_concrete("batches", None if isinstance(batches, Iterator) else batches)
         before = {} if earlier is None else moments_by_path(earlier, asked.wanted)
@@ -93,9 +125,9 @@ def population_moments(
             moments = merged_by_layer(found, asked.layers)
         else:
             found, moments = _precise_moments(asked, data, before, counter)
-        tree = checked_tree(moments, asked.wanted, keep_unseen=keep_unseen)
+        moments = checked(moments, asked.wanted, keep_unseen=keep_unseen)
     warn_called_twice(found, asked.wanted)
-    return tree
+    return moments
 
 
 def _precise_moments(
@@ -108,7 +140,7 @@ def _precise_moments(
         return found, merged_by_layer(found, asked.layers)
 
     found, own = on_all(here)
-    parts = gather(own)
+    parts = gather(own) if jax.process_count() > 1 else [own]
     if jax.process_count() > 1 and not any(np.any(m.count > 0) for part in parts for m in part.values()):
         raise ValueError("The data must hold at least one sample: no process saw any.")
     if before:

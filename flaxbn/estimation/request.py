@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.data.placement import on_device, place, with_auto_axes
+from flaxbn.data.placement import on_accelerator, on_device, place, with_auto_axes
 from flaxbn.estimation.compiled import PassOptions
 from flaxbn.models.arguments import Model, check_concrete, model_class, open_model, random_keys
 from flaxbn.models.batch_stats import StoredLayers, select, stored_layers, with_wide_statistics
@@ -61,6 +61,7 @@ def request(
     wanted = select(layers, only)
     _check_normalization_batch(normalization_batch, sharding)
     sharding = sharding and with_auto_axes(sharding)
+    arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
     options = PassOptions(
         model=model,
         call=call,
@@ -70,9 +71,9 @@ def request(
         sharding=sharding,
         by_device=normalization_batch == "device",
         group=None if isinstance(normalization_batch, str) else int(normalization_batch),
+        on_accelerator=on_accelerator(arrays["batch_stats"]),
         tracing=tracing_options(),
     )
-    arrays, keys = on_device((dict(variables), random_keys(model, variables, rngs)))
     if jax.process_count() > 1:
         keys = fold_in(keys, jax.process_index())
     arrays = dict(with_wide_statistics(arrays))

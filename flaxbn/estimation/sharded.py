@@ -14,7 +14,9 @@ from flaxbn.tracing.measure import measure_tap
 from flaxbn.tracing.primitive import Tap
 
 
-def measure_sharded(tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None) -> Measured:
+def measure_sharded(
+    tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None, *, in_blocks: bool = False
+) -> Measured:
     """`measure_tap` where batches of `samples` samples lie as `sharding`.
 
     Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and
@@ -24,7 +26,7 @@ def measure_sharded(tap: Tap, weights: Array | None, samples: int | None, shardi
     parts = shards(sharding)
     axis = None if samples is None else _axis_of_samples(tap, samples)
     if sharding is None or samples is None or parts == 1 or axis is None or samples % parts:
-        return measure_tap(tap, weights)
+        return measure_tap(tap, weights, in_blocks=in_blocks)
 
     def cut(values: Array | None, axis: int) -> Array | None:
         if values is None or values.ndim <= axis or values.shape[axis] == 1:

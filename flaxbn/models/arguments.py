@@ -189,11 +189,12 @@ def check_concrete(name: str, tree: Any) -> None:
         TypeError: if a leaf is traced.
         ValueError: if a leaf was donated away.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    leaves = jax.tree.leaves(tree)
+    if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
         raise TypeError(
             f"`{name}` must be concrete arrays, since the estimator compiles its own pass: got traced ones. Call it "
             "outside of `jax.jit`, `jax.pmap`, `jax.shard_map` and the like: with the variables of one replica and "
             '`sharding=flaxbn.data_sharding()` it uses all devices, and with `normalization_batch="device"` each of '
             "them normalizes by its own part of a batch, as under `pmap` without `axis_name`."
         )
-    check_not_deleted(name, tree)
+    check_not_deleted(name, leaves)

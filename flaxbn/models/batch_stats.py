@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, is_moments, merge_numbered, widen
-from flaxbn.data.placement import put_together
+from flaxbn.data.placement import placed_as
 from flaxbn.layers.names import layer_name, layer_path
 from flaxbn.models.leaves import dict_names, leaf_names, named_leaves
 from flaxbn.models.places import Pair, Path, named_pairs, path_of, places_of
@@ -125,7 +125,11 @@ def collect(contributions: Iterable[tuple[np.ndarray, Moments]], layers: StoredL
     entries = np.concatenate([np.zeros(0, np.int64), *(np.ravel(e) for e, _ in parts)]) - 1
     fields = (np.concatenate([np.zeros(0), *(np.ravel(m[i]) for _, m in parts)]) for i in range(3))
     merged = merge_numbered(Moments(*fields), entries, layers.total)  # type: ignore[arg-type]
-    by_layer = {path: Moments(*(field[e - 1] for field in merged)) for path, e in layers.entries.items()}
+    by_layer, end = {}, 0
+    for path, e in layers.entries.items():  # whose numbers go on from one layer to the next, but for those left out
+        begin = int(e.flat[0]) - 1 if e.size else end
+        end = begin + e.size
+        by_layer[path] = Moments(*(field[begin:end].reshape(e.shape) for field in merged))
     complex_entries = [np.ravel(e) for e, m in parts if np.iscomplexobj(m.mean)]
     if complex_entries:  # in one array with those, the means of real layers became complex, too
         is_complex = {path: np.isin(e, np.concatenate(complex_entries)).any() for path, e in layers.entries.items()}
@@ -176,35 +180,51 @@ def replace_statistics(batch_stats: Any, moments: Any, *, keep_unseen: bool) -> 
         ValueError: if `moments` do not fit, a channel saw no data, or a value overflows the dtype that it is stored in.
         TypeError: if a mean is complex and the stored one is not.
     """
-    found = by_path(moments)
+    return replace_layers(batch_stats, by_path(moments), keep_unseen=keep_unseen)
+
+
+def replace_layers(batch_stats: Any, found: Mapping[Path, Any], *, keep_unseen: bool) -> Any:
+    """`replace_statistics` by moments of layers by path."""
     leaves, structure = jax.tree.flatten(batch_stats)
     names = leaf_names(batch_stats, structure)
     stored = dict(zip(names, leaves))
-    _check_places(found, stored, keep_unseen)
+    pairs = {path: places_of(path, stored) for path in found}
+    _check_places(found, stored, pairs)
+    seen = all_seen(found.values())
+    if not seen and not keep_unseen:
+        _raise_unseen(found)
     fields = {
-        name: (getattr(value, field), value.count)
+        name: (field, value.count)
         for path, value in found.items()
-        for name, field in zip(places_of(path, stored) or (), ("mean", "var"))
+        for name, field in zip(pairs[path] or (), (value.mean, value.var))
     }
     places = [i for i, name in enumerate(names) if name in fields]
     old, own = [leaves[i] for i in places], [names[i] for i in places]
     with np.errstate(over="ignore"):  # `_check_finite` looks at it
-        new = [_replaced(leaf, *fields[name]) for name, leaf in zip(own, old)]
+        new = [_replaced(leaf, *fields[name], seen=seen) for name, leaf in zip(own, old)]
     _check_finite(own, new)
     for i, leaf in zip(places, placed_as(new, old)):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
 
 
-def _replaced(old: Any, new: Any, count: Any) -> np.ndarray:
+def all_seen(moments: Iterable[Moments]) -> bool:
+    """Whether every channel of all layers saw data; looked at end to end, since there are hundreds of layers."""
+    counts = [np.ravel(one.count) for one in moments]
+    return not counts or bool((np.concatenate(counts) > 0).all())
+
+
+def _replaced(old: Any, new: Any, count: Any, *, seen: bool) -> np.ndarray:
     """One leaf: the new mean or variance where there is data, what is stored elsewhere."""
     value = np.asarray(new).astype(old.dtype)
-    seen = np.asarray(count) > 0
-    return value if seen.all() else np.where(seen, value, old)
+    return value if seen else np.where(np.asarray(count) > 0, value, old)
 
 
 def _check_finite(names: Sequence[Path], values: Sequence[np.ndarray]) -> None:
     """What is finite in float64 may not be in the dtype that it is stored in: an error that names the layer."""
+    kinds = {value.dtype for value in values}
+    if all(np.isfinite(np.concatenate([v.ravel() for v in values if v.dtype == kind])).all() for kind in kinds):
+        return
     for name, value in zip(names, values):
         if not np.isfinite(value).all():
             raise ValueError(
@@ -213,19 +233,10 @@ def _check_finite(names: Sequence[Path], values: Sequence[np.ndarray]) -> None:
             )
 
 
-def placed_as(new: Sequence[np.ndarray], old: Sequence[Any]) -> list[jax.Array]:
-    """Leaves on the devices that the old ones were put on; the others, together, on the default device."""
-    bound = [i for i, leaf in enumerate(old) if getattr(leaf, "committed", False)]
-    free = [i for i in range(len(old)) if i not in set(bound)]
-    placed = dict(zip(bound, jax.device_put([new[i] for i in bound], [old[i].sharding for i in bound])))
-    placed |= zip(free, put_together([new[i] for i in free]))
-    return [placed[i] for i in range(len(old))]
-
-
-def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_unseen: bool) -> None:
-    """Each place must be a layer of what is stored, in its shape and of its kind of numbers, and have seen data."""
+def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], pairs: Mapping[Path, Pair | None]) -> None:
+    """Each place must be a layer of what is stored, in its shape and of its kind of numbers."""
     for path, value in moments.items():
-        pair = places_of(path, stored)
+        pair = pairs[path]
         old = None if pair is None else stored[pair[0]]
         if not is_moments(value) or old is None or np.shape(old) != np.shape(value.mean):
             received = f"moments of shape {np.shape(value.mean)}" if is_moments(value) else type(value).__name__
@@ -240,7 +251,12 @@ def _check_places(moments: Mapping[Path, Any], stored: Mapping[Path, Any], keep_
                 f"The stored mean of '{layer_name(path)}' must be complex, as its population mean is: it is "
                 f"{old.dtype}. Convert that leaf of `batch_stats` to complex64 first."
             )
-        if not keep_unseen and not np.all(np.asarray(value.count) > 0):
+
+
+def _raise_unseen(moments: Mapping[Path, Moments]) -> None:
+    """A layer that has not seen data in every channel is an error."""
+    for path, value in moments.items():
+        if not np.all(np.asarray(value.count) > 0):
             raise ValueError(
                 f"`moments` must have seen data in every channel: {name_unseen(path, value)} saw none. To keep what is "
                 "stored there, pass `keep_unseen=True`."

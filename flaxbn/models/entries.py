@@ -1,5 +1,6 @@
 """Which stored entries each call of a layer reads."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from flaxbn.models.arguments import Model, is_opened_nnx
 from flaxbn.models.batch_stats import StoredLayers, stored_layers
-from flaxbn.models.leaves import dict_names, leaf_shapes, named_leaves
-from flaxbn.models.places import Pair, Path, unnamed
+from flaxbn.models.leaves import dict_names, leaf_names, leaf_shapes, named_leaves
+from flaxbn.models.places import Pair, Path, named_pairs, unnamed
+from flaxbn.models.recognized import statistics_names
 from flaxbn.tracing.known import UNKNOWN, read_by_taps
 from flaxbn.tracing.program import Program
 
 MEAN, VAR = 1, 2  # of the operands of a tap
+_STRUCTURES = 64  # of trees that were looked at last
 
 
 class Reading(NamedTuple):
@@ -76,12 +79,26 @@ def pairs_read(program: Program, variables: Mapping[str, Any], other_leaves: int
 
 def candidates_in(batch_stats: Any) -> list[Path]:
     """The leaves that could be the statistics of a layer under other names."""
-    return unnamed(float_shapes(batch_stats), stored_layers(batch_stats).places.values())
+    leaves, structure = jax.tree.flatten(batch_stats)
+    kinds = tuple([(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves])
+    return [*_candidates(leaf_names(batch_stats, structure), kinds, statistics_names())]
+
+
+@functools.lru_cache(maxsize=_STRUCTURES)
+def _candidates(names: tuple[Path, ...], kinds: tuple[Any, ...], known: Any) -> tuple[Path, ...]:
+    """Those of leaves of these names, shapes and dtypes; every estimate asks, of hundreds of leaves."""
+    shapes = {name: shape for name, (shape, _) in zip(names, kinds)}
+    floats = {n: shape for n, (shape, dtype) in zip(names, kinds) if _is_inexact(dtype)}
+    return tuple(unnamed(floats, named_pairs(shapes, known).values()))
 
 
 def float_shapes(batch_stats: Any) -> dict[Path, tuple[int, ...]]:
     """The shapes of the leaves that statistics could be: counters, random keys and numbers of Python are none."""
     return {path: np.shape(leaf) for path, leaf in named_leaves(batch_stats).items() if _is_of(leaf, jnp.inexact)}
+
+
+def _is_inexact(dtype: Any) -> bool:
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _is_of(leaf: Any, kind: Any) -> bool:

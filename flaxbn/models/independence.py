@@ -111,8 +111,9 @@ def check_parts(layers: Sequence[str], whole: Sequence[Any], parts: Sequence[Any
     Raises:
         BatchDependenceError: naming the first call whose moments differ.
     """
-    for layer, (moments, dtype), (again, _), var in zip(layers, whole, parts, variances, strict=True):
-        if _differ(jax.device_get(moments), jax.device_get(again), jax.device_get(var), dtype):
+    fetched = jax.device_get([(moments, again, var) for (moments, _), (again, _), var in zip(whole, parts, variances)])
+    for layer, (_, dtype), (moments, again, var) in zip(layers, whole, fetched, strict=True):
+        if _differ(moments, again, var, dtype):
             raise BatchDependenceError(
                 f"Each example must be evaluated by itself: what {layer} receives changes with the other examples of "
                 "the batch, so something before it mixes them (a mean over the batch, a layer in training mode that "

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxbn.data.placement import placed_as
 from flaxbn.layers.names import layer_path
-from flaxbn.models.batch_stats import placed_as
 from flaxbn.models.leaves import leaf_names
 from flaxbn.models.places import Path, named_pairs
 from flaxbn.models.recognized import statistics_names

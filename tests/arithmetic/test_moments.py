@@ -376,6 +376,14 @@ class TestOnTheHost:
         for field in found:
             assert (field.dtype, field.tolist()) == (np.float64, [0, 0])
 
+    def test_what_has_a_number_of_its_own_stays_to_the_last_digit(self):
+        """And what has none, or a count of 0, is zero, whatever stands beside that."""
+        given = Moments(np.array([3.0, 0, 7]), np.array([1 / 3, 5, 0.1 + 2j]), np.array([0.1, np.nan, 0.3]))
+        found = merge_numbered(given, np.array([3, 1, 0]), 4)
+        np.testing.assert_array_equal(found.count, [7, 0, 0, 3])
+        np.testing.assert_array_equal(found.mean, [0.1 + 2j, 0, 0, 1 / 3])
+        np.testing.assert_array_equal(found.var, [0.3, 0, 0, 0.1])
+
     def test_beside_an_array_of_jax_it_is_one_of_jax(self):
         host, device = Moments(*np.ones((3, 2))), Moments(*jnp.ones((3, 2)))
         assert all(isinstance(field, np.ndarray) for field in merge(host, host, Moments(0, 0, 0)))

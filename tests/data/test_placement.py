@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from meshes import X, estimate, on_devices, spent
 
 import flaxbn
-from flaxbn.data.placement import placed
+from flaxbn.data import placement
+from flaxbn.data.placement import get_together, placed
 
 
 @pytest.mark.parametrize("size", [48, 50])
@@ -30,3 +31,25 @@ def test_a_sharding_of_other_processes_is_an_error(monkeypatch):
     monkeypatch.setattr(NamedSharding, "is_fully_addressable", property(lambda self: False))
     with pytest.raises(ValueError, match=r"must lie on devices of this process.*`flaxbn.data_sharding\(\)`"):
         estimate(batch_size=25, sharding=on_devices(1))
+
+
+def test_what_is_fetched_together_comes_back_as_it_was(monkeypatch):
+    """Arrays of every shape and of several dtypes; one that is on the host stays as it is."""
+    host = {
+        "a": np.float32([[1, 2, 3]]),
+        "b": [np.float32(4), np.complex64([5 + 6j])],
+        "c": np.zeros((0, 2), np.float32),
+    }
+    host["d"] = np.arange(3, dtype=np.int32)
+    tree = (jax.tree.map(jax.numpy.asarray, host), np.float64([7]))
+    monkeypatch.setattr(placement, "on_accelerator", lambda arrays: True)
+    fetched, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda arrays: fetched.extend(jax.tree.leaves(arrays)) or get(arrays))
+    found = get_together(tree)
+    assert len(fetched) == 3  # one for each dtype
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    for one, own in zip(jax.tree.leaves(found), jax.tree.leaves((host, tree[1])), strict=True):
+        assert isinstance(one, np.ndarray)
+        assert (one.dtype, one.shape) == (own.dtype, own.shape)
+        np.testing.assert_array_equal(one, own)
+    assert get_together((1.0, np.float64([7]))) == (1.0, np.float64([7]))

@@ -1,9 +1,12 @@
-"""What is needed to see threads at work."""
+"""What is needed to see threads at work, and what an accelerator would do."""
 
 import threading
 
 import jax
 import pytest
+
+from flaxbn.data import placement
+from flaxbn.estimation.exact import layer_by_layer, pieces, verify
 
 
 @pytest.fixture
@@ -24,3 +27,11 @@ def threads(monkeypatch):
 
     monkeypatch.setattr(jax, "block_until_ready", noted)
     return seen
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Every device counts as one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (placement, pieces, layer_by_layer, verify):
+        monkeypatch.setattr(module, "on_accelerator", lambda tree: True)

@@ -171,13 +171,13 @@ def test_divergence_is_seen_within_a_hundred_steps(tmp_path, steps, looked_at):
     """In a long epoch, and at the end of a short one."""
     taken = []
 
-    def step(state, split, index, domain):
+    def step(state, split, index, domain, augmentation):
         taken.append(index)
         return state, np.int32(1), np.float32(np.nan if len(taken) > 5 else 1)
 
     state = training.State({"w": np.zeros(2, np.float32)}, {}, ())
     run = training.Repetition("mode", "none", 3, tmp_path, 8)
-    options = {"epochs": 2, "num_steps": steps, "batches": lambda epoch: [(np.arange(2), None)] * steps}
+    options = {"epochs": 2, "num_steps": steps, "batches": lambda epoch: [training.Batch(np.arange(2))] * steps}
     with journal.keep_journal(tmp_path, [], Console(quiet=True), total=1) as kept:
         fit = functools.partial(training.fit, state, None, run, kept, step=step, validate=None, **options)
         with pytest.raises(divergence.DivergenceError, match="none, seed 3: diverged in epoch 1, where"):

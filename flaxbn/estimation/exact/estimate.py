@@ -57,17 +57,19 @@ def _pass(
     calls = _agreed(gather(_signature(batches)))
     found = run(asked, batches, kept or [True] * calls, counter)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
-    result = Result(entries, range(len(batches)), found.moments, found.first_bad)
 
-    def verify() -> None:
+    def verified() -> Result:
+        compare = None if check is None else check.start(found.statistics)  # before anybody waits for the run
+        moments, first_bad = found.fetched()
+        result = Result.of_calls(entries, range(len(batches)), moments, first_bad)
         check_finite([result], asked.layers)
         if asked.options.sample_weight is None:
             check_population(result, asked.layers)
-        if check is not None:
-            check.run(found.statistics, [moments.var for moments in found.moments])
+        if compare is not None:
+            compare([own.var for own in moments])
+        return result
 
-    on_all(verify)
-    return result
+    return on_all(verified)
 
 
 def _signature(batches: Sequence[Batch]) -> np.ndarray:

@@ -1,14 +1,15 @@
 """All batches in lockstep: every one up to the input of a layer, and on with the statistics of all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
-from flaxbn.data.placement import on_accelerator
+from flaxbn.data.placement import get_together, on_accelerator, on_device, place
 from flaxbn.data.processes import gather, on_all
 from flaxbn.data.progress import Counter
 from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
@@ -19,31 +20,44 @@ from flaxbn.tracing.measure import replace_seen
 
 
 class Found(NamedTuple):
-    """What a run ends with; a list with one item for each call.
+    """What a run ends with: on an accelerator it lies there, and may not be computed yet.
 
     Attributes:
-        moments: those of all batches.
-        statistics: the mean and variance that the call let through.
-        first_bad: the first batch whose moments are not finite, or -1.
+        measured: for each call what its stage finds.
     """
 
-    moments: list[Moments]
-    statistics: list[tuple[Array, Array]]
-    first_bad: list[int]
+    measured: list[Measured]
+
+    @property
+    def statistics(self) -> list[tuple[Any, Any]]:
+        """The mean and variance that each call let through."""
+        return [own.statistics for own in self.measured]
+
+    def fetched(self) -> tuple[list[Moments], list[int]]:
+        """For each call the moments of all batches, and the first batch whose moments are not finite, or -1.
+
+        In host memory, all by one transfer.
+        """
+        moments, bad = get_together(([own.moments for own in self.measured], [own.bad for own in self.measured]))
+        return moments, [_first_bad(own.firsts, places) for own, places in zip(self.measured, bad)]
 
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
     """All batches through one call after the other, merged over processes once for each call."""
     by_kind = {batch.kind: batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_kind.items()}
+    waits = not on_accelerator(asked.variables)
     defaults = flat_statistics(asked.variables["batch_stats"], asked.layers)
+    stored = _stored(asked, batches, defaults, waits=waits)
+    if not waits and all(kept):
+        _compile_ahead(asked, by_kind.values())
     measured = []
     counter.expect(len(batches) * len(kept))
-    base, waits = 0, not on_accelerator(asked.variables)
+    base = 0
     with Cores(_cores_for(asked, batches), tracing_options) as cores:
         for call, keeps in enumerate(kept):
             stage = Stage(asked, shared, base, call, keeps, waits)
-            own = _measure_everywhere(stage, batches, cores, defaults)
+            own = _measure_everywhere(stage, batches, cores, defaults, stored)
             measured.append(own)
             for key, one in by_kind.items():
                 shared[key] |= one.segments.segments[call].statistics(*own.statistics)
@@ -52,9 +66,17 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
                     batch.read = _already_read
             base = call + 1 if keeps else base
             counter.add(len(batches))
-    moments, bad = jax.device_get(([own.moments for own in measured], [own.bad for own in measured]))
-    first_bad = [_first_bad(own.firsts, places) for own, places in zip(measured, bad)]
-    return Found(moments, [own.statistics for own in measured], first_bad)
+    return Found(measured)
+
+
+def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
+    """Where all lies on one device; where arrays lie otherwise, and where there are weights, each call compiles."""
+    arrays = jax.tree.leaves(asked.variables)
+    devices = set().union(*(a.devices() for a in arrays))
+    if len(devices) == 1:
+        for one in kinds:
+            if not one.segments.is_weighted:
+                one.segments.compile_ahead(SingleDeviceSharding(*devices))
 
 
 def _first_bad(firsts: Sequence[int], places: Sequence[Any]) -> int:
@@ -85,20 +107,32 @@ def _already_read() -> Any:
     raise AssertionError("a batch is read again only where nothing of it is kept")
 
 
+def _stored(asked: Request, batches: Sequence[Batch], defaults: tuple[np.ndarray, np.ndarray], *, waits: bool) -> Any:
+    """What each call lets through where there is no data; on an accelerator all of it is put there at once."""
+    if not batches:
+        return []
+    whole = batches[0].segments
+    mean, var = defaults
+    # In one array with the means of complex layers those of real ones became complex.
+    means = [mean[e - 1] if own else mean[e - 1].real for e, own in zip(whole.entries, whole.calls.is_complex)]
+    stored = [*zip(means, (var[e - 1] for e in whole.entries))]
+    if waits:
+        return stored
+    return on_device(stored) if asked.options.sharding is None else place(stored, asked.options.sharding)
+
+
 def _measure_everywhere(
-    stage: Stage, batches: Sequence[Batch], cores: Cores, defaults: tuple[np.ndarray, np.ndarray]
+    stage: Stage, batches: Sequence[Batch], cores: Cores, defaults: tuple[np.ndarray, np.ndarray], stored: Any
 ) -> Measured:
     """What one stage finds: the moments merged over processes, some of which may have no data; bad batches are own."""
-    entries = batches[0].segments.entries[stage.call] if batches else all_entries(stage.asked.layers)
-    stored_mean, stored_var = (a[entries - 1] for a in defaults)
 
     def here() -> Measured:
-        # In one array with the means of complex layers those of real ones became complex.
-        own_mean = stored_mean if batches[0].segments.calls.is_complex[stage.call] else stored_mean.real
-        return measure(stage, batches, (own_mean, stored_var), cores)
+        return measure(stage, batches, stored[stage.call], cores)
 
     if jax.process_count() == 1:
         return here()
+    entries = batches[0].segments.entries[stage.call] if batches else all_entries(stage.asked.layers)
+    stored_mean, stored_var = (a[entries - 1] for a in defaults)
 
     def by_entry() -> Measured:
         default_mean, default_var = defaults

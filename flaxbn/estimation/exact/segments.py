@@ -6,10 +6,13 @@ where it is used and never kept.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
+from jax.stages import Lowered
 from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments
@@ -22,6 +25,8 @@ from flaxbn.tracing.primitive import as_tap, tap_p
 Values = dict[Any, Any]
 """Variables of a program, and what they hold for one batch."""
 
+_COMPILERS = 8  # at once; each uses threads of its own where it can
+
 
 class Segments:
     """The segments of a model for batches of one shape, one for each call of a wanted layer, in order.
@@ -29,7 +34,8 @@ class Segments:
     Attributes:
         calls: the flat program and the calls in it.
         layout: how batches lie on devices.
-        sample_weights: `(closed, batch, present)`: the weights of a batch's samples, or None.
+        is_weighted: whether samples have weights.
+        sample_weights: `(closed, batch, present)`: those of a batch's samples.
         layers: the layer of each call, for messages.
         entries: for each call the numbers of the stored entries that it reads.
         inputs: the variables of a batch's leaves, and of its random keys'.
@@ -47,9 +53,11 @@ class Segments:
         self.layers = [eqn.params["layer"] for eqn in self.taps]
         closed, variables, self._batch_leaves, _ = self.calls.arguments
         self._shared, self.inputs = jaxpr.invars[: closed + variables], jaxpr.invars[closed + variables :]
+        self.is_weighted = self.calls.weigh is not None or self.calls.present is not None
         self.sample_weights = jax.jit(self.calls.sample_weights)
         self.reads_size: bool | None = None
         self._compiled: dict[Hashable, Any] = {}
+        self._ahead: dict[Hashable, Any] = {}
         tapped = set(map(id, self.taps))
         made_by = {v: i for i, eqn in enumerate(jaxpr.eqns) if id(eqn) not in tapped for v in eqn.outvars}
         self.live, stages = _cut(jaxpr.eqns, made_by, self.inputs, self.taps)
@@ -69,6 +77,21 @@ class Segments:
         """The size of what lives before a call."""
         return self._bytes[call]
 
+    def compile_ahead(self, sharding: Sharding) -> None:
+        """Compiles what measures the calls, side by side, for batches without weights of which everything is kept.
+
+        On an accelerator compilers try kernels out, which takes longer than all else in a first call. All arrays lie as
+        `sharding`.
+        """
+        new = {one.key: one for one in self.segments if one.key not in self._ahead}
+        lowered = [one.lower(sharding) for one in new.values()]
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            self._ahead |= zip(new, pool.map(Lowered.compile, lowered))
+
+    def ahead(self, key: Hashable) -> Any:
+        """What `compile_ahead` compiled for the segments of this key, or None."""
+        return self._ahead.get(key)
+
     def compiled(self, key: Hashable, make: Any) -> Any:
         """What `make` compiles, once for all segments of equal programs."""
         if key not in self._compiled:
@@ -82,6 +105,7 @@ class Segment:
     Attributes:
         work: how much it computes.
         dead: which variables of a batch nobody needs afterwards.
+        dtypes: those of the mean and the variance that the call lets through.
         has_run: whether `measure` was called, so that it is compiled.
     """
 
@@ -105,6 +129,7 @@ class Segment:
         self._shared = [v for v in outside if v not in before]
         self._operands = operands
         self._spent = _spent([v for v in self._read if v in self.dead and v not in whole.inputs], self._made)
+        self.dtypes = tuple(v.aval.dtype for v in tap.outvars)
         self.has_run = False
 
     def measure(
@@ -116,9 +141,20 @@ class Segment:
         """
         spent = [values[v] if v in self._spent and v not in retained else None for v in self._read]
         kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
-        moments, made = self._measure(spent, kept, [shared[v] for v in self._shared], weights)
+        ahead = self._whole.ahead(self.key) if weights is None and not retained else None
+        moments, made = (ahead or self._measure)(spent, kept, [shared[v] for v in self._shared], weights)
         self.has_run = True
         return moments, dict(zip(self._made, made))
+
+    def lower(self, sharding: Sharding) -> Lowered:
+        """What `measure` runs where nothing is retained and nothing weighted, before it is compiled."""
+
+        def abstract(v: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding)
+
+        spent = [abstract(v) if v in self._spent else None for v in self._read]
+        kept = [None if v in self._spent else abstract(v) for v in self._read]
+        return self._measure.lower(spent, kept, [abstract(v) for v in self._shared], None)
 
     def advance(self, values: Values, shared: Values) -> Values:
         """What the segment adds to `values`."""
@@ -130,11 +166,13 @@ class Segment:
 
     def statistics(self, mean: Any, var: Any) -> Values:
         """What the call lets through, as variables shared by later segments."""
-        given = zip(self._tap.outvars, (mean, var))
-        return {v: jax.device_put(a if a.dtype == v.aval.dtype else a.astype(v.aval.dtype)) for v, a in given}
+        given = zip(self._tap.outvars, self.dtypes, (mean, var))
+        cast = [(v, a if a.dtype == dtype else a.astype(dtype)) for v, dtype, a in given]
+        return {v: a if isinstance(a, jax.Array) else jax.device_put(a) for v, a in cast}
 
     @cached_property
-    def _key(self) -> Hashable:
+    def key(self) -> Hashable:
+        """Equal for segments of equal programs."""
         params = {name: value for name, value in self._tap.params.items() if name != "layer"}
         places = tuple(v in self._spent for v in self._read), self._whole.calls.batch_axes.get(self._site)
         shape = tuple(v.aval for v in self._tap.invars[1:3])
@@ -148,7 +186,7 @@ class Segment:
 
     @cached_property
     def _measure(self) -> Any:
-        return self._whole.compiled(("measure", self._key), lambda: jax.jit(self._measured, donate_argnums=0))
+        return self._whole.compiled(("measure", self.key), lambda: jax.jit(self._measured, donate_argnums=0))
 
     @cached_property
     def _advance(self) -> Any:
@@ -157,7 +195,7 @@ class Segment:
         def advanced(read: list[Any], shared: list[Any]) -> list[Any]:
             return self._function(*read, *shared)[operands:]
 
-        return self._whole.compiled(("advance", self._key), lambda: jax.jit(advanced))
+        return self._whole.compiled(("advance", self.key), lambda: jax.jit(advanced))
 
     def _measured(
         self, spent: list[Any], kept: list[Any], shared: list[Any], weights: Any

@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         number: its place in the data, from 0.
         size: its samples, without padding; None where its arrays share no axis of samples.
-        read: gives its arrays.
+        read: gives its arrays, or with a number at most so many of their samples.
         segments: what runs it.
         closed: the arrays that these take besides.
         values: what is kept of it at the last kept boundary; None where that is the data.
@@ -44,7 +44,7 @@ class Batch:
 
     number: int
     size: int | None
-    read: Callable[[], Any]
+    read: Callable[..., Any]
     segments: Segments
     closed: Closed
     values: Values | None = None
@@ -120,7 +120,8 @@ def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cor
         chunks = [_merge_on_device(moments[i : i + _TOGETHER]) for i in range(0, len(moments), _TOGETHER)]
         moments = [merged for merged, _ in chunks]
         earlier = earlier or [bad for _, bad in chunks]
-    merged, bad, statistics = _finish_on_device(moments, stored)
+    dtypes = batches[0].segments.segments[stage.call].dtypes
+    merged, bad, statistics = _finish_on_device(moments, stored, dtypes)
     return Measured(merged, statistics, firsts, earlier or [bad])
 
 
@@ -137,7 +138,14 @@ def _finish(moments: Sequence[Moments], stored: tuple[Any, Any], xp: Any) -> tup
 
 
 _merge_on_device = jax.jit(partial(_merge_stacked, xp=jnp))
-_finish_on_device = jax.jit(partial(_finish, xp=jnp))
+
+
+@partial(jax.jit, static_argnums=2)
+def _finish_on_device(
+    moments: Sequence[Moments], stored: tuple[Any, Any], dtypes: tuple[Any, Any]
+) -> tuple[Moments, Any, list[Any]]:
+    merged, bad, statistics = _finish(moments, stored, jnp)
+    return merged, bad, [a.astype(dtype) for a, dtype in zip(statistics, dtypes)]
 
 
 def _on_host(moments: Moments) -> Moments:
@@ -194,7 +202,7 @@ def _values(stage: Stage, batch: Batch, shared: Values) -> Values:
 def fetch(asked: Request, batch: Batch) -> Values:
     """Reads a batch, and the weights of its samples."""
     whole, present = placed(batch.read(), asked.options.sharding)
-    if batch.weights is None:
+    if batch.weights is None and batch.segments.is_weighted:
         batch.weights = batch.segments.sample_weights(batch.closed, jax.tree.leaves(whole), present)
     keys = fold_in(asked.rngs, batch.number)
     values = dict(zip(batch.segments.inputs, jax.tree.leaves((whole, keys))))

@@ -5,8 +5,9 @@ model that computes with the size of the batch; for one whose program does, part
 the whole.
 """
 
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flaxbn.arithmetic.measure import Measured
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.batches import abstract
-from flaxbn.data.placement import on_accelerator, replicated
+from flaxbn.data.placement import get_together, on_accelerator, replicated
 from flaxbn.data.samples import count_samples
 from flaxbn.estimation.calls import Closed, LayerCalls, traced
 from flaxbn.estimation.compiled import Layout, shapes_of
 from flaxbn.estimation.exact.layer_by_layer import moments_with
 from flaxbn.estimation.exact.stage import Batch, fetch
+from flaxbn.estimation.joined import Packed, Pending, Record, fetched, join, merge_joined
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.reuse import Compiled
 from flaxbn.models.independence import check_parts, split
@@ -76,48 +79,78 @@ class IndependenceCheck:
                 single[id(batch.segments)] = batch
         return None
 
-    def run(self, statistics: Sequence[tuple[Any, Any]], variances: Sequence[Any]) -> None:
-        """Raises unless the moments agree, in units of the population's variances, both of which were found."""
-        if len(self.batches) == 1:
-            (batch,) = self.batches
-            whole, doubled = self._doubled(batch, statistics)
-            self._compare(whole, doubled, variances)
-            if not _reads_size(self.asked, batch):
-                return
-            arrays, parts = batch.read(), split(count_samples(batch.read()))
+    def start(self, statistics: Sequence[tuple[Any, Any]]) -> Callable[[Sequence[Any]], None]:
+        """Begins with what an accelerator can do while nobody waits for it.
+
+        Args:
+            statistics: those that were found, maybe not computed yet.
+
+        Returns:
+            What is to be given the population's variances, and raises unless moments agree in units of these.
+        """
+        if len(self.batches) > 1:
+            return partial(self._compare_parts, statistics)
+        (batch,) = self.batches
+        double = self._start_doubled if on_accelerator(self.asked.variables) else self._doubled
+        doubled = double(batch, statistics)
+
+        def compare(variances: Sequence[Any]) -> None:
+            whole, again = doubled()
+            self._compare(whole, again, variances)
+            if _reads_size(self.asked, batch):
+                self._compare_parts(statistics, variances)
+
+        return compare
+
+    def _compare_parts(self, statistics: Any, variances: Sequence[Any]) -> None:
+        """Batches of other shapes: parts of the one there is, or the whole that several make."""
+        cut = [batch.read() for batch in self.batches]
+        if len(cut) == 1:
+            (arrays,), parts = cut, split(count_samples(cut[0]))
             cut = [_rows(arrays, part) for part in parts]
         else:
-            cut = [batch.read() for batch in self.batches]
             leaves = map(jnp.concatenate, zip(*map(jax.tree.leaves, cut)))
             arrays, parts = jax.tree.unflatten(jax.tree.structure(cut[0]), leaves), (np.array([0]), np.array([1]))
         with jax.default_matmul_precision("highest"):  # a product of other shapes is rounded otherwise
             weights = self._weights()
             of_parts = [None if weights is None else weights[part] for part in parts]
-            whole = self._moments_of([arrays], [weights], statistics)
-            self._compare(whole, self._moments_of(cut, of_parts, statistics), variances)
+            whole = self._run(_Parts, [arrays], [weights], statistics)
+            again = self._run(_Parts, cut, of_parts, statistics)
+            whole, again = get_together((whole, again))
+            self._compare(whole, again, variances)
 
-    def _doubled(self, batch: Batch, statistics: Any) -> tuple[list[Moments], list[Moments]]:
+    def _doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
         """The moments of a batch, and those of its one half twice and its other half twice, merged.
 
         All are batches of one shape, so nothing is rounded otherwise, and on a CPU nothing new is compiled. Each
         example stands beside its double, so no neighbour, group or place is the one that it has in the batch.
         """
-        weights, arrays = self._weights(), batch.read()
-        on_device = on_accelerator(self.asked.variables)
-        samples = count_samples(arrays)
-        size = min(samples, _ENOUGH) if on_device else samples
-        half = size // 2
-        rest = np.arange(2 * half, size)
-        first, second = (np.concatenate([np.repeat(np.arange(i, i + half), 2), rest]) for i in (0, half))
 
-        def moments_of(rows: np.ndarray) -> list[Moments]:
-            if on_device:
-                return self._moments_of([_rows(arrays, rows)], [None if weights is None else weights[rows]], statistics)
-            own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
-            return moments_with(self.asked, own, statistics)
+        def found() -> tuple[list[Moments], list[Moments]]:
+            self._weights()  # without which none of some rows are known
+            arrays = batch.read()
+            rows = _doubled_rows(count_samples(arrays))
+            whole, *halves = jax.device_get([self._of_rows(batch, arrays, some, statistics) for some in rows])
+            return whole, merge(*halves)
 
-        found = jax.device_get([moments_of(rows) for rows in (np.arange(size), first, second)])
-        return found[0], merge(*found[1:])
+        return found
+
+    def _start_doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
+        """The same of its first examples, by one program that is started here, on an accelerator."""
+        weights, arrays = self._weights(), batch.read(_ENOUGH)
+        weights = None if weights is None else weights[: count_samples(arrays)]
+        packed = self._run(_Doubled, [arrays], [weights], statistics)
+        entries, is_complex = batch.segments.entries, batch.segments.calls.is_complex
+
+        def found() -> tuple[list[Moments], list[Moments]]:
+            whole, doubled = fetched([Pending(entries, (), one, is_complex) for one in packed])
+            return whole.moments, doubled.moments
+
+        return found
+
+    def _of_rows(self, batch: Batch, arrays: Any, rows: np.ndarray, statistics: Any) -> list[Moments]:
+        own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
+        return moments_with(self.asked, own, statistics)
 
     def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Any]) -> None:
         segments = self.batches[0].segments
@@ -133,8 +166,8 @@ class IndependenceCheck:
                 fetch(self.asked, batch)
         return jnp.concatenate([jnp.asarray(batch.weights)[: batch.size] for batch in self.batches])
 
-    def _moments_of(self, parts: Sequence[Any], weights: Sequence[Array | None], statistics: Any) -> list[Moments]:
-        """The merged moments of each call's input for some samples in parts, with the statistics found."""
+    def _run(self, make: Any, parts: Sequence[Any], weights: Sequence[Array | None], statistics: Any) -> Any:
+        """What a pass with the statistics found gives for some samples in parts."""
         asked = self.asked
         options = asked.options._replace(tracing=tracing_options())
         parts = jax.tree.map(jnp.asarray, parts)
@@ -142,7 +175,7 @@ class IndependenceCheck:
             parts, weights = jax.device_put((parts, weights), replicated(asked.options.sharding))
         shapes = [shapes_of(asked.variables, part, asked.rngs, present=None) for part in parts]
         try:
-            compiled, closed = Compiled(_Parts, options, unroll).find(*shapes)
+            compiled, closed = Compiled(make, options, unroll).find(*shapes)
             leaves = [jax.tree.leaves(part) for part in parts]
             return compiled.run(closed, asked.variables, asked.rngs, leaves, weights, statistics)
         except Exception as error:
@@ -180,7 +213,7 @@ def _reads_size(asked: Request, batch: Batch) -> bool:
     """
     segments = batch.segments
     if segments.reads_size is None:
-        one_more = abstract(batch.read(), 1 + (segments.calls.samples or 0))
+        one_more = abstract(batch.read(1), 1 + (segments.calls.samples or 0))
         shapes = shapes_of(asked.variables, one_more, asked.rngs, present=None)
         try:
             _, longer = traced(asked.options, shapes.abstract(), unroll)
@@ -193,8 +226,16 @@ def _reads_size(asked: Request, batch: Batch) -> bool:
     return segments.reads_size
 
 
+def _doubled_rows(samples: int) -> tuple[np.ndarray, ...]:
+    """The rows of a batch, of its one half twice, and of its other half twice; an odd one at the end is in all."""
+    half = samples // 2
+    rest = np.arange(2 * half, samples)
+    first, second = (np.concatenate([np.repeat(np.arange(i, i + half), 2), rest]) for i in (0, half))
+    return np.arange(samples), first, second
+
+
 class _Parts:
-    """A pass of a few batches with given statistics."""
+    """A pass of a few batches with given statistics: their merged moments."""
 
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         del layout
@@ -206,18 +247,39 @@ class _Parts:
     ) -> list[Moments]:
         leaves = [jax.tree.leaves((own.model, variables, batch, rngs)) for own, batch in zip(closed, batches)]
         measured = [_measured(*args, given) for args in zip(self._calls, leaves, weights, strict=True)]
-        return merge(*measured)
+        return merge(*([one.moments for one in own] for own in measured))
 
 
-def _measured(calls: LayerCalls, leaves: Sequence[Any], weights: Array | None, given: Sequence[Any]) -> list[Moments]:
+class _Doubled:
+    """A pass of one batch with given statistics: its moments, and those of it doubled, merged; one program."""
+
+    def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
+        del layout
+        (self._calls,) = calls
+        self.run = jax.jit(self._run)
+
+    def _run(
+        self, closed: Sequence[Closed], variables: Any, rngs: Any, batches: Sequence[Any], weights: Any, given: Any
+    ) -> tuple[Packed, Packed]:
+        def records_of(rows: Array) -> list[Record]:
+            batch, own = jax.tree.map(lambda a: a[rows], (batches[0], weights[0]))
+            leaves = jax.tree.leaves((closed[0].model, variables, batch, rngs))
+            return join([Record.of(one) for one in _measured(self._calls, leaves, own, given)])
+
+        found = jax.lax.map(records_of, np.stack(_doubled_rows(count_samples(batches[0]))))
+        whole, doubled = (jax.tree.map(operator.itemgetter(part), found) for part in (slice(1), slice(1, None)))
+        return merge_joined(whole, by_device=False), merge_joined(doubled, by_device=False)
+
+
+def _measured(calls: LayerCalls, leaves: Sequence[Any], weights: Array | None, given: Sequence[Any]) -> list[Measured]:
     statistics = dict(zip(calls.entries, given, strict=True))
 
-    def on_tap(tap: Tap) -> tuple[Array, Array, Moments | None]:
+    def on_tap(tap: Tap) -> tuple[Array, Array, Measured | None]:
         if tap.site not in statistics:
             return stored_statistics(tap)
         mean, var = statistics[tap.site]
         let_through = jnp.asarray(mean, tap.mean.dtype), jnp.asarray(var, tap.var.dtype)
-        return *let_through, measure_tap(tap, calls.weights(tap, weights)).moments
+        return *let_through, measure_tap(tap, calls.weights(tap, weights))
 
     _, records = calls.program.run(leaves, on_tap)
     return [record for record in records if record is not None]

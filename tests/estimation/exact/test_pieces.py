@@ -8,8 +8,8 @@ from models import train
 from oracle import assert_same_statistics, by_training_mode
 
 import flaxbn
-from flaxbn.data import placement
-from flaxbn.estimation.exact import layer_by_layer, pieces, verify
+from flaxbn.data.batches import Arrays
+from flaxbn.estimation.exact import pieces
 
 WIDTH = 8192  # 32 KiB a sample between the layers: 96 samples in a piece
 
@@ -42,13 +42,6 @@ def planned(model=MODEL, **options):
     return flaxbn.plan(model, VARIABLES, X, **({"batch_size": 240} | options)).batches
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Every device counts as one."""
-    for module in (placement, pieces, layer_by_layer, verify):
-        monkeypatch.setattr(module, "on_accelerator", lambda tree: True, raising=False)
-
-
 def test_smaller_pieces_on_a_cpu():
     assert planned() == 5  # of 96 each
     assert_same_statistics(estimate(), WHOLE)
@@ -57,6 +50,16 @@ def test_smaller_pieces_on_a_cpu():
 def test_larger_pieces_on_an_accelerator(accelerator):
     assert planned(batch_size=40) == 1
     assert_same_statistics(estimate(batch_size=40), WHOLE)
+
+
+def test_the_check_on_an_accelerator_reads_a_few_examples(accelerator, monkeypatch):
+    """Of a piece that holds all of the data; on the host that would be copied once more."""
+    read, take = [], Arrays.take
+    monkeypatch.setattr(Arrays, "take", lambda data, places: read.append(places.tolist()) or take(data, places))
+    estimate(batch_size=40)
+    assert read == [list(range(480)), list(range(128))]
+    with pytest.raises(flaxbn.BatchDependenceError):
+        estimate(batch_size=40, call=lambda module, x: module(x - x.mean(0, keepdims=True)))
 
 
 def test_pieces_are_of_one_size_if_that_takes_few_more():
