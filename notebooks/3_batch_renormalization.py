@@ -262,7 +262,7 @@ whole, alone = np.array(whole), np.array(alone)
 # ## The answer in one figure
 
 # %%
-_, axes = plt.subplots(2, 2, figsize=(11, 8))
+fig, axes = plt.subplots(2, 2, figsize=(11, 8.4))
 axes = axes.ravel()
 for ax, kind in zip(axes, BATCHES):
     sizes = SIZES_OF[kind]
@@ -270,7 +270,9 @@ for ax, kind in zip(axes, BATCHES):
         color, marker = STYLE[name]
         lab.draw(ax, sizes, errors[kind, name, "running"], color=color, label=name, marker=marker)
         exact = errors[kind, name, "exact"].mean(0)
-        ax.plot(sizes, exact, ":", marker=marker, fillstyle="none", color=color, label="with exact statistics")
+        ax.plot(
+            sizes, exact, ":", marker=marker, fillstyle="none", color=color, label=f"{name}, exact statistics (mean)"
+        )
     lab.figures.draw_band(
         ax,
         (SIZES[0], BATCH),
@@ -282,7 +284,7 @@ for ax, kind in zip(axes, BATCHES):
         line="--",
     )
     ax.errorbar(
-        BATCH, whole.mean(), whole.std(), fmt="*", color=lab.GREY, label="batch normalization, not in groups", capsize=3
+        BATCH, whole.mean(), whole.std(), fmt="*", color=lab.GREY, label="batch normalization, whole batch", capsize=3
     )
     ax.set_xscale("log", base=2)
     ax.set_xticks((*SIZES, BATCH))
@@ -290,7 +292,7 @@ for ax, kind in zip(axes, BATCHES):
     ax.set(title=kind.capitalize(), xlabel=f"images in a group, of {BATCH} in a step")
 for ax in axes[:3]:
     ax.set_ylabel(f"test error (%), mean ± deviation, {len(lab.SEEDS)} seeds")
-axes[0].legend(fontsize="small")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 AS = {
     "in such groups,\nas in training": None,
@@ -312,7 +314,7 @@ for offset, name in zip((-0.2, 0.2), NORMS):
     color, _ = STYLE[name]
     for position, stats in enumerate(AS.values()):
         values = at_probed(ONE, name, stats)
-        bar = {"width": 0.38, "color": color, "alpha": 0.35, "label": None if position else name}
+        bar = {"width": 0.38, "color": color, "alpha": 0.35}
         axes[3].bar(position + offset, values.mean(), **bar)
         axes[3].plot([position + offset] * len(values), values, ".", color=color)
 axes[3].grid(visible=False, axis="x")
@@ -320,7 +322,6 @@ axes[3].set_xticks(range(3), AS)
 axes[3].set(
     title=f"Groups of {PROBED}, of one class: the same weights (dots: seeds)", ylabel="error on test images (%)"
 )
-axes[3].legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
