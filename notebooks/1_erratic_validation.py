@@ -28,9 +28,9 @@
 # | `population` | batch statistics | batch statistics | `estimate_population_stats` |
 #
 # The setting is one where weights move fast and steps are few: Adam with a constant learning rate of 0.1 and batches of
-# 256, `--preset article` of `scripts/train_mnist.py`. In a full run the images are 12 500 of CIFAR-10, the networks
-# that script's three convolutions and a narrow ResNet-20, and the three convolutions are trained for 20 epochs: as many
-# steps as in five epochs of all 50 000 images. The small run has digits and three convolutions.
+# 256, `--preset article` of `scripts/train_mnist.py`. In a full run the images are 12 500 of CIFAR-10, halved to 16x16,
+# the networks that script's three convolutions and a narrow ResNet-20, and the three convolutions are trained for 20
+# epochs: as many steps as in five epochs of all 50 000 images. The small run has digits and three convolutions.
 #
 # To repeat the full run: `make notebooks FULL=1 DATA_DIR=DIR ARGS="-k 1_erratic_validation"`.
 
@@ -56,7 +56,7 @@ import flaxbn
 
 BATCH_SIZE = 256 if lab.FULL else 64
 EPOCHS = {"three convolutions": 20, "ResNet-20": 8} if lab.FULL else {"three convolutions": 8}
-data = lab.load("cifar10")
+data = lab.load_halved("cifar10")
 size = len(data.train.labels)
 steps = size // BATCH_SIZE  # of an epoch
 constant = optax.adam(0.1)
@@ -282,5 +282,5 @@ lab.say(
 # of 8192: the validation error with a running average is erratic in the first part of training, and that with precise
 # statistics is not; at the end of their long training with a decaying learning rate the two agree. Where `none` does
 # not learn, 0.1 is far too large a rate without normalization; it says nothing about smaller ones. The curves are of
-# short trainings on a quarter of CIFAR-10: what they say is about the statistics, not about how well such networks can
-# do.
+# short trainings on a quarter of CIFAR-10, halved to 16x16: what they say is about the statistics, not about how well
+# such networks can do.

@@ -23,10 +23,10 @@
 # | precise | batches, each layer normalized by its own batch, merged | frozen |
 # | exact | all examples as one batch, in parts of any size | frozen |
 #
-# A full run trains a narrow ResNet-20 on a quarter of CIFAR-10, with SGD batches of 128 that are normalized in groups
-# of 32 or of 4 (`virtual_batch_size`), as Wu & Johnson 2021 do. Each network is trained once for each seed; every
-# estimate below is made for the same weights. Without `FULL=1` it is three convolutions on digits, which only shows
-# that all of it runs. To repeat the full run:
+# A full run trains a narrow ResNet-20 on a quarter of CIFAR-10, halved to 16x16, with SGD batches of 128 that are
+# normalized in groups of 32 or of 4 (`virtual_batch_size`), as Wu & Johnson 2021 do. Each network is trained once for
+# each seed; every estimate below is made for the same weights. Without `FULL=1` it is three convolutions on digits,
+# which only shows that all of it runs. To repeat the full run:
 #
 #     make notebooks FULL=1 DATA_DIR=DIR ARGS="-k 4_estimating_statistics"
 
@@ -56,7 +56,7 @@ BATCH_SIZE, EPOCHS = (128, 6) if lab.FULL else (64, 6)
 LARGE, LARGE_EPOCHS = (2048 if lab.FULL and not lab.TRIAL else 256), 4
 MOMENTA = (0.9, 0.99)  # of the running averages
 
-data = lab.load("cifar10")
+data = lab.load_halved("cifar10")
 size = len(data.train.labels)
 warnings.filterwarnings("ignore", "For one call of")  # the five batch sizes compared here are five programs
 SAMPLE = min(2000, size)
@@ -445,4 +445,4 @@ lab.keep(
 # erratic early on.
 #
 # The network here has 21 layers to normalize instead of 53, an eighth of the width, six epochs and images that are
-# seven times smaller: look for the shape of their tables here, not for their size.
+# fourteen times smaller: look for the shape of their tables here, not for their size.

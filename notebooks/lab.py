@@ -60,6 +60,23 @@ def load(name: str = "mnist") -> data.Dataset:
     return data.Dataset(*(jax.device_put(split) for split in loaded))
 
 
+@functools.cache
+def load_halved(name: str) -> data.Dataset:
+    """The same with images of half the height and width, means of 2x2 pixels; digits as they are.
+
+    Training costs a quarter, and a small group has few values per channel in the deeper layers: 4x4 positions in the
+    last third of a ResNet-20, where 224x224 pixels have 7x7 in a ResNet-50.
+    """
+    return data.Dataset(*map(_halved, load(name))) if FULL else load(name)
+
+
+@jax.jit
+def _halved(split: data.Split) -> data.Split:
+    n, height, width, channels = split.images.shape
+    cells = split.images.astype(jnp.float32).reshape(n, height // 2, 2, width // 2, 2, channels)
+    return split._replace(images=jnp.round(cells.mean((2, 4))).astype(jnp.uint8))
+
+
 def data_folder(name: str) -> pathlib.Path:
     """Where the IDX files of a data set are."""
     folder = DATA_DIR / name
