@@ -102,7 +102,16 @@ class Pass:
     def sharded_moments(
         self, closed: Closed, variables: Any, rngs: Any, batch: Any, present: Any, step: Any
     ) -> list[Record]:
-        """The moments of a batch; where each device normalizes by itself, along a leading axis of devices."""
+        """The moments of a batch; where each device normalizes by itself, along a leading axis of devices.
+
+        Args:
+            closed: the arrays that the traced program closes over.
+            variables: those of the model.
+            rngs: random keys by collection, the same for all batches.
+            batch: its leaves.
+            present: which samples are no padding, or None.
+            step: the number of the batch.
+        """
         sharding = self.layout.sharding
         if self.layout.group is not None:
             return self._group_moments(closed, variables, rngs, batch, present, step)

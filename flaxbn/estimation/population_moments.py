@@ -102,7 +102,14 @@ def moments_of_layers(
     earlier: Any = None,
     **options: Any,
 ) -> dict[Path, Moments]:
-    """What `population_moments` gives, by the paths of the layers; `options` are for `request`."""
+    """What `population_moments` gives, by the paths of the layers.
+
+    Args:
+        model, variables, batches, batch_size, num_samples, method, keep_unseen, memory_limit, check_independence,
+            progress: as there.
+        earlier: moments of other data, a tree as `population_moments` gives it, which are merged with those found.
+        **options: for `request`.
+    """
 
     def prepare() -> tuple[Request, Arrays | Stream, dict[Path, Moments]]:
         data: Arrays | Stream | None = None

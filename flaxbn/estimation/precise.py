@@ -72,7 +72,13 @@ def _on_one_device(
 ) -> Iterator[Passed]:
     """The moments of arrays on one device, gathered batch by batch; on a CPU as many at once as there are cores.
 
-    There are at least so many parts, if there are as many batches.
+    Args:
+        compiled: the pass.
+        args: what it takes besides places: the closed arrays, the variables, the random keys, and the arrays of data.
+        places: the rows of each batch, [batches, samples].
+        present: which samples of a batch are no padding; None where there is none.
+        first: the number of the first of these batches.
+        least: the parts that there are at least, if there are as many batches: after each somebody may look.
     """
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)

@@ -50,7 +50,10 @@ def request(
 ) -> Request:
     """Checks the arguments and brings the variables to where the batches will lie.
 
-    `first` is the first batch as shapes and dtypes, where `has_other_names` says that it matters.
+    Args:
+        model, variables, call, sample_weight, only, sharding, rngs, normalization_batch: those of an estimate, as the
+            user gave them.
+        first: the first batch as shapes and dtypes, where `has_other_names` says that it matters.
     """
     model, variables = open_model(model, variables)
     _check_variables(variables, rngs)

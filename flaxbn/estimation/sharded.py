@@ -22,6 +22,13 @@ def measure_sharded(
     Each device measures its part of the input, all gather what all have found and merge that by themselves. A mean and
     the deviations from it would be two exchanges, the second waiting for the first. The result does not depend on
     whether the axis that is cut into parts is the one along which the samples lie.
+
+    Args:
+        tap: the call of a layer.
+        weights: of its positions, or None.
+        samples: how many a batch has; None where that is not known.
+        sharding: how they lie; None for one device.
+        in_blocks: as in `measure_deviations`, where nothing is cut.
     """
     parts = shards(sharding)
     axis = None if samples is None else _axis_of_samples(tap, samples)

@@ -106,8 +106,15 @@ def trace(
 ) -> Traced:
     """Traces the evaluation of `model` on `batch`.
 
-    The arguments may be abstract. The model runs as in `evaluate`, but dropout layers are off, unless the collection
-    of random keys that they draw from is among `dropout`.
+    The arguments may be abstract. The model runs as in `evaluate`.
+
+    Args:
+        model: the model, as `open_model` gives it.
+        variables: all of its collections.
+        batch: what `call` is given.
+        call: how the model is run; None: on the batch alone.
+        rngs: random keys by collection, or None.
+        dropout: the collections of random keys whose dropout layers run as `call` runs them; all others are off.
     """
     returned: list[Any] = []
 

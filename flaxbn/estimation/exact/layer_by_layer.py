@@ -43,7 +43,14 @@ class Found(NamedTuple):
 
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
-    """All batches through one call after the other, merged over processes once for each call."""
+    """All batches through one call after the other, merged over processes once for each call.
+
+    Args:
+        asked: the request.
+        batches: those of this process, none of which has been read.
+        kept: for each call whether what lives after it is kept; else it is computed again from the last that is.
+        counter: is told of every batch of every call.
+    """
     by_kind = {batch.kind: batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_kind.items()}
     waits = not on_accelerator(asked.variables)
