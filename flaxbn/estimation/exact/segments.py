@@ -83,14 +83,22 @@ class Segments:
         On an accelerator compilers try kernels out, which takes longer than all else in a first call. All arrays lie as
         `sharding`.
         """
-        new = {one.key: one for one in self.segments if one.key not in self._ahead}
+        devices = frozenset(sharding.device_set)
+        new = {(one.key, devices): one for one in self.segments if (one.key, devices) not in self._ahead}
         lowered = [one.lower(sharding) for one in new.values()]
         with ThreadPoolExecutor(_COMPILERS) as pool:
             self._ahead |= zip(new, pool.map(Lowered.compile, lowered))
 
-    def ahead(self, key: Hashable) -> Any:
-        """What `compile_ahead` compiled for the segments of this key, or None."""
-        return self._ahead.get(key)
+    def ahead(self, key: Hashable, arrays: Sequence[Array]) -> Any:
+        """What `compile_ahead` compiled for the segments of this key on the devices of their arguments, or None.
+
+        Those that arrays are committed to decide, as for any compiled function: a batch may lie elsewhere than the
+        variables do, and those of the next estimate elsewhere than those of the last.
+        """
+        if not self._ahead:
+            return None
+        devices = frozenset().union(*(a.devices() for a in arrays if a.committed)) or arrays[0].devices()
+        return self._ahead.get((key, frozenset(devices)))
 
     def compiled(self, key: Hashable, make: Any) -> Any:
         """What `make` compiles, once for all segments of equal programs."""
@@ -141,8 +149,10 @@ class Segment:
         """
         spent = [values[v] if v in self._spent and v not in retained else None for v in self._read]
         kept = [None if given is not None else values[v] for given, v in zip(spent, self._read)]
-        ahead = self._whole.ahead(self.key) if weights is None and not retained else None
-        moments, made = (ahead or self._measure)(spent, kept, [shared[v] for v in self._shared], weights)
+        own = [shared[v] for v in self._shared]
+        arrays = [*(values[v] for v in self._read), *own]
+        ahead = self._whole.ahead(self.key, arrays) if weights is None and not retained else None
+        moments, made = (ahead or self._measure)(spent, kept, own, weights)
         self.has_run = True
         return moments, dict(zip(self._made, made))
 
