@@ -73,8 +73,11 @@ class Pass:
             a batch as shapes and dtypes.
         """
         if self._like is None:
-            closed, variables, *others = args
-            moments = jax.eval_shape(self.sharded_moments, self._prepared(closed, variables), variables, *others)
+
+            def prepared_moments(closed: Closed, variables: Any, *others: Any) -> list[Record]:
+                return self.sharded_moments(self._prepared(closed, variables), variables, *others)
+
+            moments = jax.eval_shape(prepared_moments, *args)  # within, since outside it would be computed
             types = tuple((a.shape, a.dtype) for a in jax.tree.leaves(moments))
             self._like = Hashed((types, tuple(e.tobytes() for e in self.entries))), moments
         return self._like

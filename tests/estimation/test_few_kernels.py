@@ -45,13 +45,19 @@ def equations_in_loop(jaxpr, inside=False):
             yield from equations_in_loop(opened(inner), inside or eqn.primitive.name in ("while", "scan"))
 
 
-def loop(model):
-    """The equations of the loop over batches."""
+def compiled_pass(model):
+    """The pass over batches of 32, and what it takes first."""
     options = dict.fromkeys(("call", "sample_weight", "only", "sharding", "rngs"))
     asked = request(model, VARIABLES, **options)
     compiled, (closed,) = Compiled(Pass, asked.options).find(key_of_pass(asked, abstract(X, 32), None))
+    return compiled, (closed, asked.variables, asked.rngs)
+
+
+def loop(model):
+    """The equations of the loop over batches."""
+    compiled, first = compiled_pass(model)
     places = np.arange(64).reshape(2, 32)
-    traced = jax.make_jaxpr(compiled.scan)(closed, asked.variables, asked.rngs, X, places, None, None, 0)
+    traced = jax.make_jaxpr(compiled.scan)(*first, X, places, None, None, 0)
     return list(equations_in_loop(traced.jaxpr))
 
 
@@ -59,6 +65,17 @@ def test_weights_are_cast_before_the_loop():
     cast = [e.outvars[0].aval.shape for e in loop(Wide(jnp.bfloat16)) if e.primitive.name == "convert_element_type"]
     assert (32, 256) not in cast
     assert (32, 4, 4, 32) in cast  # the batch
+
+
+def test_nothing_is_computed_to_know_shapes(monkeypatch):
+    """Not the weights that a loop will cast, either, one operation after the other."""
+    compiled, first = compiled_pass(Wide(jnp.bfloat16))
+    given, ahead = [], compiled._ahead
+    monkeypatch.setattr(compiled, "_like", None)  # another test may have asked
+    monkeypatch.setattr(compiled, "_ahead", lambda *leaves: given.extend(leaves) or ahead(*leaves))
+    compiled.moments_like(*first, [X[:32]], None, 0)
+    assert given
+    assert all(isinstance(leaf, jax.core.Tracer) for leaf in given)
 
 
 def test_sums_of_an_accelerator(accelerator):
