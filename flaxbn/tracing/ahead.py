@@ -33,9 +33,9 @@ def computed_ahead(program: Program, fixed: int) -> tuple[Callable[..., list[Arr
     known = set(given)
     ahead, later = [], []
     for eqn in jaxpr.eqns:
-        read = [v for v in eqn.invars if is_variable(v)]
-        is_worth_it = _MANY_BYTES <= _bytes(eqn.outvars) <= _bytes(set(read))
-        if is_worth_it and known.issuperset(read) and not eqn.effects and not has_tap(eqn):
+        read = {v for v in eqn.invars if is_variable(v)}
+        is_fixed = read and known.issuperset(read) and not eqn.effects and not has_tap(eqn)
+        if is_fixed and _MANY_BYTES <= _bytes(eqn.outvars) <= _bytes(read):  # what is made of nothing may be no array
             ahead.append(eqn)
             known.update(eqn.outvars)
         else:

@@ -44,3 +44,12 @@ def test_what_depends_on_others_stays():
     compute, rest = taken_apart(lambda w, x: (w * x[:1]).astype(jnp.bfloat16), 1, WEIGHTS, X)
     assert compute(WEIGHTS) == []
     np.testing.assert_array_equal(run(rest, (WEIGHTS, X))[0], (WEIGHTS * X[:1]).astype(jnp.bfloat16))
+
+
+def test_tokens_have_no_size():
+    def ordered(w, x):
+        jax.lax.after_all(jax.lax.create_token())
+        return w.astype(jnp.bfloat16) + x
+
+    _, rest = taken_apart(ordered, 1, WEIGHTS, X[:1])
+    assert [e.primitive.name for e in rest.jaxpr.eqns][:2] == ["create_token", "after_all"]
