@@ -1,8 +1,8 @@
 """How exact statistics check themselves: with them, an example must give the same whatever else is in the batch.
 
-First by what is compiled already, batches of one shape in which examples have other neighbours. That cannot show a
-model that computes with the size of the batch; for one whose program does, parts of the batch must give the moments of
-the whole.
+First by batches of one shape in which examples have other neighbours: on a CPU by what is compiled already, on an
+accelerator by one more program, of a few examples. That cannot show a model that computes with the size of the batch;
+for one whose program does, parts of the batch must give the moments of the whole.
 """
 
 import operator
@@ -136,8 +136,13 @@ class IndependenceCheck:
         return found
 
     def _start_doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
-        """The same of its first examples, by one program that is started here, on an accelerator."""
-        weights, arrays = self._weights(), batch.read(_ENOUGH)
+        """The same of its first examples, by one program that is started here, on an accelerator.
+
+        Of all where the first ones have no weight: what nothing is measured of shows nothing.
+        """
+        weights = self._weights()
+        tells = weights is None or np.any(np.asarray(weights[:_ENOUGH]) > 0)
+        arrays = batch.read(_ENOUGH if tells else None)
         weights = None if weights is None else weights[: count_samples(arrays)]
         packed = self._run(_Doubled, [arrays], [weights], statistics)
         entries, is_complex = batch.segments.entries, batch.segments.calls.is_complex

@@ -62,6 +62,16 @@ def test_the_check_on_an_accelerator_reads_a_few_examples(accelerator, monkeypat
         estimate(batch_size=40, call=lambda module, x: module(x - x.mean(0, keepdims=True)))
 
 
+def test_the_check_on_an_accelerator_is_of_examples_that_have_weight(accelerator):
+    """The first ones, which it takes, count for nothing; nothing is computed with the size of the batch."""
+    with pytest.raises(flaxbn.BatchDependenceError):
+        estimate(
+            batch_size=480,
+            sample_weight=lambda x: jax.numpy.arange(len(x)) >= 200,
+            call=lambda module, x: module(x + x[::-1]),
+        )
+
+
 def test_pieces_are_of_one_size_if_that_takes_few_more():
     assert pieces._even_size(480, 96) == 96
     assert pieces._even_size(480, 100) == 96
