@@ -130,7 +130,14 @@ def load(config: Config) -> Experiment:
     """The data sets, of the training set as many examples as make every batch full, and the network."""
     loaded = data.load(config.dataset, config.data_dir)
     multiple, there = math.lcm(*config.estimation_sizes), len(loaded.train.labels)
-    examples = min(config.examples or there, there) // multiple * multiple
+    most = min(config.examples or there, there)
+    examples = most // multiple * multiple
+    if not examples:
+        raise ValueError(
+            f"--estimation-sizes must have a common multiple of at most {most}, the training examples, since every "
+            f"batch is full: that of {config.estimation_sizes} is {multiple}. Take sizes that divide each other, or "
+            "more --examples."
+        )
     for name, limit in (("estimation_sizes", examples - 1), ("batch_size", examples), ("examples", there)):
         largest = np.max(value) if (value := getattr(config, name)) is not None else 0
         if largest > limit:

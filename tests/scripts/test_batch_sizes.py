@@ -70,6 +70,8 @@ def test_bad_options(options, message):
     [
         ({"batch_size": 1153}, "--batch-size must be at most 1152, .* digits .*: got 1153"),
         ({"estimation_sizes": (2, 1152)}, r"--estimation-sizes must be at most 1151, .*: got \(2, 1152\)"),
+        ({"estimation_sizes": (31, 41)}, "--estimation-sizes must have a common multiple of at most 1249, .* is 1271"),
+        ({"examples": 100, "estimation_sizes": (2, 128)}, r"at most 100, .*: that of \(2, 128\) is 128\..* more --ex"),
         ({"examples": 1250}, "--examples must be at most 1249, .*: got 1250"),
     ],
 )
