@@ -97,11 +97,11 @@ def network_of(params: dict[str, Any], folder: pathlib.Path) -> nn.Module:
         for network in networks.NETWORKS.values():
             model = network(len(params["Dense_0"]["bias"]), flaxbn.BatchNorm)
             made = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-            if jax.tree.structure(made) == jax.tree.structure(params):
+            if jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params):
                 return model
     raise ValueError(
         f"--model must be a network of scripts/networks.py, {' or '.join(networks.NETWORKS)}: {folder} has the layers "
-        f"{', '.join(sorted(params))}. Replace `load_model` by your own."
+        f"{', '.join(sorted(params))}. For layers of other names or sizes replace `load_model` by your own."
     )
 
 

@@ -42,6 +42,9 @@ class TestNetworks:
             assert estimate_large.network_of(made["params"], tmp_path) == network(7, flaxbn.BatchNorm)
         with pytest.raises(ValueError, match=r"must be a network of scripts/networks\.py, cnn or resnet20: .* Dense_5"):
             estimate_large.network_of({"Dense_5": {}}, tmp_path)
+        narrow = jax.eval_shape(networks.ResNet20(7, flaxbn.BatchNorm, 8).init, jax.random.key(0), IMAGES)
+        with pytest.raises(ValueError, match="For layers of other names or sizes replace `load_model`"):
+            estimate_large.network_of(narrow["params"], tmp_path)
 
     def test_nnx_has_the_cnn_only(self):
         with pytest.raises(ValueError, match="--api nnx has --network cnn only: got resnet20"):
