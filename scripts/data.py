@@ -13,7 +13,7 @@ import pathlib
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tfds_sets
@@ -150,6 +150,7 @@ def load_sites(
         sites: dict[str, list[tuple[list[float], int]]] = {}
         for row in reader:
             try:
+                _check_cells(row)
                 read = [float(row[name] or "nan") for name in columns], int(row[label])
             except (TypeError, ValueError) as error:
                 raise ValueError(
@@ -161,6 +162,11 @@ def load_sites(
         name: Table(*(np.array(part, dtype) for part, dtype in zip(zip(*rows), (np.float32, np.int32))))
         for name, rows in sites.items()
     }
+
+
+def _check_cells(row: dict[str | None, Any]) -> None:
+    if None in row or None in row.values():
+        raise ValueError("it has more cells or fewer than there are names")
 
 
 def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:

@@ -133,6 +133,12 @@ class TestSites:
         with pytest.raises(ValueError, match=r"Line 5 of .* must hold numbers .* whole number in y"):
             data.load_sites(tmp_path / "t.csv", ["a", "b"], label="y")
 
+    @pytest.mark.parametrize("line", ["east,1,1", "east,1,1,1,1"])
+    def test_a_line_of_other_length(self, tmp_path, line):
+        (tmp_path / "t.csv").write_text(f"site,y,a,b\n{line}\n")
+        with pytest.raises(ValueError, match=r"Line 2 of .*: it has more cells or fewer than there are names"):
+            data.load_sites(tmp_path / "t.csv", ["a", "b"], label="y")
+
     def test_four_hospitals(self, data_dir):
         found = data.load_sites(data_dir / "heart" / "heart.csv", ["age", "chol"], label="num")
         sizes = {name: (len(table.labels), int((table.labels > 0).sum())) for name, table in found.items()}
