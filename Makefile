@@ -95,6 +95,7 @@ lint: $(INSTALLED)-lint
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/temporaries.py
 	$(BIN)/python benchmarks/domains.py
 	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/exact.py
