@@ -74,7 +74,8 @@ clients: $(CLIENTS_INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/python -m pytest --markdown-docs README.md docs
 
-# DATA_DIR holds the folders mnist and usps; without FULL the notebooks need no files, and are left as they are.
+# DATA_DIR holds the folders mnist, usps, cifar10 and heart; without FULL the notebooks need no files, and are left as
+# they are.
 ifdef DATA_DIR
   override DATA_DIR := $(abspath $(DATA_DIR))
 endif
@@ -94,6 +95,7 @@ lint: $(INSTALLED)-lint
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/temporaries.py
 	$(BIN)/python benchmarks/domains.py
 	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/exact.py

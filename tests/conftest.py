@@ -60,6 +60,13 @@ def devices() -> list[jax.Device]:
     return found[:NUM_DEVICES]
 
 
+@pytest.fixture
+def cpu() -> None:
+    """For what counts the pieces, programs or bytes of a CPU: accelerators have others."""
+    if (platform := jax.devices()[0].platform) != "cpu":
+        pytest.skip(f"counts what a CPU does, this is a {platform}")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """Real data sets: $FLAXBN_DATA, or shared/data beside the repository."""

@@ -30,4 +30,4 @@ def test_without_a_repository_there_are_no_links_that_lead_nowhere(monkeypatch):
     text = readme(monkeypatch)
     assert "](" not in text
     assert "![" not in text
-    assert "five questions on MNIST and USPS" in text
+    assert "seven questions on real data" in text

@@ -8,10 +8,14 @@ import threading
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 import flaxbn
 from flaxbn.estimation import reuse
 from flaxbn.estimation.exact import layer_by_layer
+
+# The events of a CPU's client are counted.
+pytestmark = pytest.mark.usefixtures("cpu")
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (48, 4)).astype(np.float32)
 BATCHES = 4

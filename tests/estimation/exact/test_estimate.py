@@ -445,6 +445,7 @@ def compiled(caplog):
     return [name.removeprefix("Compiling ").split(" with")[0] for name in names]
 
 
+@pytest.mark.usefixtures("cpu")
 def test_equal_blocks_are_compiled_once_and_kept(caplog):
     model = LateSkip()
     variables = model.init(jax.random.key(0), X)
@@ -538,6 +539,7 @@ def peak_bytes(run):
     return peak
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("share", [1, 0.5, 0])
 def test_live_arrays_stay_within_the_plan(share):
     """`share` of what one pass needs may be kept."""

@@ -42,6 +42,7 @@ def planned(model=MODEL, **options):
     return flaxbn.plan(model, VARIABLES, X, **({"batch_size": 240} | options)).batches
 
 
+@pytest.mark.usefixtures("cpu")
 def test_smaller_pieces_on_a_cpu():
     assert planned() == 5  # of 96 each
     assert_same_statistics(estimate(), WHOLE)
@@ -78,6 +79,7 @@ def test_pieces_are_of_one_size_if_that_takes_few_more():
     assert pieces._even_size(491, 100) == 99  # prime: of two sizes
 
 
+@pytest.mark.usefixtures("cpu")
 def test_what_is_cut_as_it_was_asked_for():
     weights = {"sample_weight": lambda batch: np.ones(len(batch), np.float32)}
     assert planned(**weights) == 2

@@ -43,6 +43,7 @@ def live(planned):
     return [call.live_bytes for call in planned.calls]
 
 
+@pytest.mark.usefixtures("cpu")
 def test_calls_come_in_the_order_of_execution():
     planned = plan(batch_size=5)
     assert [(call.layer, call.call) for call in planned.calls] == [(f"BatchNorm_{i}", 1) for i in range(3)]
@@ -114,6 +115,7 @@ def operations():
     return first, second, third
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(
     ("limit", "kept", "parts"),
     [
@@ -140,6 +142,7 @@ def test_passes_shrink_with_memory():
     assert passes[0] > 1.9 > passes[-1] == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("cpu")
 def test_the_plan_is_a_table():
     lines = str(plan(batch_size=5, memory_limit=200)).splitlines()
     assert lines[0].startswith("exact statistics of 20 samples in 4 batches: 3 calls, ")
@@ -168,6 +171,7 @@ def test_sizes_are_printed_in_their_unit():
     assert "160.0 KiB kept at most" in str(plan([X] * 512))
 
 
+@pytest.mark.usefixtures("cpu")
 def test_a_sized_iterable_is_known_by_its_first_batch():
     class Loader:
         read = 0
