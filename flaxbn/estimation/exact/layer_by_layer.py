@@ -12,7 +12,7 @@ from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.placement import get_together, on_accelerator, on_device, place
 from flaxbn.data.processes import gather, on_all
 from flaxbn.data.progress import Counter
-from flaxbn.estimation.exact.stage import Batch, Measured, Stage, fetch, measure
+from flaxbn.estimation.exact.stage import Batch, Measured, Reach, Stage, fetch, measure
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.threads import Cores, cores_for
 from flaxbn.models.batch_stats import all_entries, flat_statistics
@@ -39,7 +39,7 @@ class Found(NamedTuple):
         In host memory, all by one transfer.
         """
         moments, bad = get_together(([own.moments for own in self.measured], [own.bad for own in self.measured]))
-        return moments, [_first_bad(own.firsts, places) for own, places in zip(self.measured, bad)]
+        return moments, [_first_bad(own.reaches, places) for own, places in zip(self.measured, bad)]
 
 
 def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
@@ -86,9 +86,10 @@ def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
                 one.segments.compile_ahead(SingleDeviceSharding(*devices))
 
 
-def _first_bad(firsts: Sequence[int], places: Sequence[Any]) -> int:
+def _first_bad(reaches: Sequence[Reach], places: Sequence[Any]) -> int:
     """The number of the first batch whose moments are not finite, or -1."""
-    return next((first + int(place) for first, place in zip(firsts, places) if np.isfinite(place)), -1)
+    bad = (reach.first + reach.each * int(place) for reach, place in zip(reaches, places) if np.isfinite(place))
+    return next(bad, -1)
 
 
 def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
@@ -148,8 +149,8 @@ def _measure_everywhere(
         if own is not None:
             for field, values in zip(fields, jax.device_get(own.moments)):
                 field[entries - 1] = values
-        firsts, bad = ([], []) if own is None else (own.firsts, own.bad)
-        return Measured(Moments(*fields), (stored_mean, stored_var), firsts, bad)  # type: ignore[arg-type]
+        reaches, bad = ([], []) if own is None else (own.reaches, own.bad)
+        return Measured(Moments(*fields), (stored_mean, stored_var), reaches, bad)  # type: ignore[arg-type]
 
     own = on_all(by_entry)
     everywhere = merge(*gather(own.moments))

@@ -87,7 +87,7 @@ class Segments:
         new = {(one.key, devices): one for one in self.segments if (one.key, devices) not in self._ahead}
         lowered = [one.lower(sharding) for one in new.values()]
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            self._ahead |= zip(new, pool.map(Lowered.compile, lowered))
+            self._ahead |= zip(new, pool.map(_compiled, lowered))
 
     def ahead(self, key: Hashable, arrays: Sequence[Array]) -> Any:
         """What `compile_ahead` compiled for the segments of this key on the devices of their arguments, or None.
@@ -105,6 +105,14 @@ class Segments:
         if key not in self._compiled:
             self._compiled[key] = make()
         return self._compiled[key]
+
+
+def _compiled(lowered: Lowered) -> Any:
+    """The program, or None where it cannot be compiled beside others: then it is by itself, when it is needed."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError:  # out of memory, with kernels of several programs tried out at once
+        return None
 
 
 class Segment:

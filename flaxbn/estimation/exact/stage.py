@@ -77,19 +77,31 @@ class Stage(NamedTuple):
     waits: bool
 
 
+class Reach(NamedTuple):
+    """The batches that moments which are merged with each other come from.
+
+    Attributes:
+        first: the number of the first batch.
+        each: from how many batches each of the moments is.
+    """
+
+    first: int
+    each: int
+
+
 class Measured(NamedTuple):
     """What a stage finds: where the host waits it is there, and otherwise on a device, maybe not computed yet.
 
     Attributes:
         moments: those of the call's input in all batches.
         statistics: the mean and variance that the call then lets through.
-        firsts: the numbers of the batches with which chunks of batches begin.
-        bad: for each chunk, the place in it of the first batch whose moments are not finite, or infinity.
+        reaches: for each merge, those of batches before those of what these gave, what was merged.
+        bad: for each merge, the place in it of the first moments that are not finite, or infinity.
     """
 
     moments: Moments
     statistics: tuple[Any, Any]
-    firsts: list[int]
+    reaches: list[Reach]
     bad: list[Any]
 
 
@@ -108,21 +120,23 @@ def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cor
         if not batches[0].segments.segments[stage.call].has_run:
             share.advance(1)  # compiles, here: each thread would do so by itself
     moments = [one for share in cores.each(_Share.advance, shares) for one in share]
-    firsts = [batches[0].number]
     if stage.waits:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
             merged, bad, statistics = _finish([_on_host(m) for m in moments], stored, np)
-        return Measured(merged, statistics, firsts, [bad])
-    earlier: list[Any] = []
-    if len(moments) > _TOGETHER:
-        firsts = [batch.number for batch in batches[::_TOGETHER]]
+        return Measured(merged, statistics, [Reach(batches[0].number, 1)], [bad])
+    reaches: list[Reach] = []
+    bads: list[Any] = []
+    batches_each = 1
     while len(moments) > _TOGETHER:
-        chunks = [_merge_on_device(moments[i : i + _TOGETHER]) for i in range(0, len(moments), _TOGETHER)]
+        begins = range(0, len(moments), _TOGETHER)
+        chunks = [_merge_on_device(moments[i : i + _TOGETHER]) for i in begins]
+        reaches += [Reach(batches[i * batches_each].number, batches_each) for i in begins]
+        bads += [bad for _, bad in chunks]
         moments = [merged for merged, _ in chunks]
-        earlier = earlier or [bad for _, bad in chunks]
+        batches_each *= _TOGETHER
     dtypes = batches[0].segments.segments[stage.call].dtypes
     merged, bad, statistics = _finish_on_device(moments, stored, dtypes)
-    return Measured(merged, statistics, firsts, earlier or [bad])
+    return Measured(merged, statistics, [*reaches, Reach(batches[0].number, batches_each)], [*bads, bad])
 
 
 def _merge_stacked(moments: Sequence[Moments], xp: Any) -> tuple[Moments, Any]:
