@@ -32,7 +32,8 @@ HEAD = """# What holds?
 
 What articles and papers say of batch normalization that this library is an answer to, and what our runs say to that.
 Their networks are larger than ours, a ResNet-50 on ImageNet for most; ours are narrow ResNets of 20 layers and small
-networks, trained for a few epochs on quarters of CIFAR-10 and SVHN, on MNIST, and on a table of 920 patients. A claim
+networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1 and 4 halved to 16x16, and on a table of 920
+patients. A claim
 that does not hold here may hold there.
 
 Figures are mean ± standard deviation over {seeds} seeds. An effect *holds* if its mean exceeds two standard deviations
