@@ -33,8 +33,7 @@ HEAD = """# What holds?
 What articles and papers say of batch normalization that this library is an answer to, and what our runs say to that.
 Their networks are larger than ours, a ResNet-50 on ImageNet for most; ours are narrow ResNets of 20 layers and small
 networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1 and 4 halved to 16x16, and on a table of 920
-patients. A claim
-that does not hold here may hold there.
+patients. A claim that does not hold here may hold there.
 
 Figures are mean ± standard deviation over {seeds} seeds. An effect *holds* if its mean exceeds two standard deviations
 and, where the source gives a figure, half of that, in its own unit; it *holds weaker* if it exceeds one standard
