@@ -46,8 +46,8 @@ weaker* within one of the two. For the spread of seeds, hospitals and the diagno
 """
 
 TAIL = """
-Notebooks 1, 2, 3 and 5 are on MNIST and USPS so far, with small networks ([what they found](notebooks/index.md)): where it
-says *not run yet*, they do not have these figures.
+Notebooks 1, 2, 3 and 5 are on MNIST and USPS so far, with small networks ([what they found](notebooks/index.md)). Where
+it says *not run yet*, they do not have these figures.
 
 Of the articles, Mindee's is known here by the code that goes with it,
 [mindee/Problem-of-BatchNorm](https://github.com/mindee/Problem-of-BatchNorm), with the four modes of notebook 1. Irpan
