@@ -30,8 +30,8 @@ sys.path.insert(0, str(SCRIPTS))
 data, divergence, independence, journal, mode_results = map(
     importlib.import_module, ("data", "divergence", "independence", "journal", "mode_results")
 )
-networks, results, train_mnist, training = map(
-    importlib.import_module, ("networks", "results", "train_mnist", "training")
+networks, results, tfds_sets, train_mnist, training = map(
+    importlib.import_module, ("networks", "results", "tfds_sets", "train_mnist", "training")
 )
 
 MODES = ["none", "running", "unestimated", "population"]
@@ -466,7 +466,7 @@ class TestTFDS:
             raise OSError("no route to host")
 
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-        monkeypatch.setattr(data.socket, "create_connection", refuse)
+        monkeypatch.setattr(tfds_sets.socket, "create_connection", refuse)
         with pytest.raises(ConnectionError, match=r"needs a network: no route to host\. Prepare it on a machine"):
             data.load("tfds:mnist", tmp_path)
 
