@@ -32,8 +32,8 @@ HEAD = """# What holds?
 
 What articles and papers say of batch normalization that this library is an answer to, and what our runs say to that.
 Their networks are larger than ours, a ResNet-50 on ImageNet for most; ours are narrow ResNets of 20 layers and small
-networks, trained for a few epochs on a quarter of CIFAR-10, for notebook 4 halved to 16x16, and on a table of 920
-patients. A claim that does not hold here may hold there.
+networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1 and 4 halved to 16x16, and on a table of
+920 patients. A claim that does not hold here may hold there.
 
 Figures are mean ± standard deviation over {seeds} seeds. An effect *holds* if its mean exceeds two standard deviations
 and, where the source gives a figure, half of that, in its own unit; it *holds weaker* if it exceeds one standard
@@ -46,7 +46,7 @@ weaker* within one of the two. For the spread of seeds, hospitals and the diagno
 """
 
 TAIL = """
-Notebooks 1, 2, 3 and 5 are on MNIST and USPS so far, with small networks ([what they found](notebooks/index.md)). Where
+Notebooks 2, 3 and 5 are on MNIST and USPS so far, with small networks ([what they found](notebooks/index.md)). Where
 it says *not run yet*, they do not have these figures.
 
 Of the articles, Mindee's is known here by the code that goes with it,
