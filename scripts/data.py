@@ -143,7 +143,7 @@ def load_sites(
     Raises:
         ValueError: if a column is not there, or a cell is not what it must be; the message names the line.
     """
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
         reader = csv.DictReader(file)
         if absent := [name for name in (*columns, label, site) if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} must have the columns {absent}: got {reader.fieldnames}.")

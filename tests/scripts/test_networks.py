@@ -112,8 +112,9 @@ def test_real_images_with_channels(data_dir, name, sizes, mean, tolerance):
 class TestSites:
     TABLE = "site,a,b,y\nnorth,1,2.5,0\nsouth,,-3,1\nnorth,4,,2\n"
 
-    def test_by_site(self, tmp_path):
-        (tmp_path / "t.csv").write_text(self.TABLE)
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+    def test_by_site(self, tmp_path, encoding):
+        (tmp_path / "t.csv").write_text(self.TABLE, encoding)
         found = data.load_sites(tmp_path / "t.csv", ["b", "a"], label="y")
         assert [*found] == ["north", "south"]
         np.testing.assert_array_equal(found["north"].values, np.float32([[2.5, 1], [np.nan, 4]]))
