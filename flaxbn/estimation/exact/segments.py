@@ -19,7 +19,7 @@ from flaxbn.arithmetic.moments import Moments
 from flaxbn.estimation.calls import Closed, LayerCalls
 from flaxbn.estimation.compiled import Layout
 from flaxbn.estimation.sharded import measure_sharded
-from flaxbn.tracing.jaxpr import as_function, as_key, is_variable, operations, structure
+from flaxbn.tracing.jaxpr import Hashed, as_function, as_key, is_variable, operations, structure
 from flaxbn.tracing.primitive import as_tap, tap_p
 
 Values = dict[Any, Any]
@@ -195,7 +195,7 @@ class Segment:
         places = tuple(v in self._spent for v in self._read), self._whole.calls.batch_axes.get(self._site)
         shape = tuple(v.aval for v in self._tap.invars[1:3])
         invars, outvars = [*self._read, *self._shared], [*self._operands, *self._made]
-        return len(self._read), places, shape, as_key(params), structure(invars, self._eqns, outvars)
+        return Hashed((len(self._read), places, shape, as_key(params), structure(invars, self._eqns, outvars)))
 
     @cached_property
     def _function(self) -> Any:
