@@ -149,9 +149,9 @@ class Stream:
         _check_enough(int(ends[-1]) if len(ends) else 0, self.num_samples)
         return [abstract(batch, size) for batch, size in zip(batches, np.diff(ends, prepend=0).tolist()) if size]
 
-    def sources(self) -> list[Source]:
-        """All batches, which are read now and held."""
-        return [Source(abstract(batch), partial(_held, batch)) for batch in self]
+    def sources(self) -> Iterator[Source]:
+        """Each batch as it comes; it is read now and held."""
+        return (Source(abstract(batch), partial(_held, batch)) for batch in self)
 
 
 def open_batches(

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from flaxbn.data import placement
-from flaxbn.estimation.exact import layer_by_layer, pieces, verify
+from flaxbn.estimation.exact import arrival, layer_by_layer, pieces, verify
 
 
 @pytest.fixture
@@ -33,5 +33,5 @@ def threads(monkeypatch):
 def accelerator(monkeypatch):
     """Every device counts as one."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for module in (placement, pieces, layer_by_layer, verify):
+    for module in (placement, arrival, pieces, layer_by_layer, verify):
         monkeypatch.setattr(module, "on_accelerator", lambda tree: True)

@@ -13,9 +13,10 @@ import numpy as np
 from flaxbn.data.batches import Arrays, Stream
 from flaxbn.data.processes import gather, on_all
 from flaxbn.data.progress import Counter
+from flaxbn.estimation.exact.arrival import prepare_arriving
 from flaxbn.estimation.exact.layer_by_layer import run
 from flaxbn.estimation.exact.pieces import in_pieces
-from flaxbn.estimation.exact.plan import plan_batches
+from flaxbn.estimation.exact.plan import memory_limit_of, plan_batches
 from flaxbn.estimation.exact.prepare import prepare_batches
 from flaxbn.estimation.exact.stage import Batch
 from flaxbn.estimation.exact.verify import IndependenceCheck
@@ -46,11 +47,15 @@ def _pass(
     asked: Request, data: Arrays | Stream, memory_limit: int | None, counter: Counter, *, check_independence: bool
 ) -> Result:
     def prepare() -> tuple[list[Batch], list[bool], IndependenceCheck | None]:
-        batches = prepare_batches(asked, data.sources())
+        limit = memory_limit_of(asked, memory_limit)
+        if isinstance(data, Arrays) or jax.process_count() > 1:
+            batches = [*prepare_batches(asked, data.sources())]
+        else:
+            batches = prepare_arriving(asked, data, limit)
         if len(batches) == 1 == jax.process_count():
             for segment in batches[0].segments.segments:
                 segment.check_values()
-        kept = [call.kept for call in plan_batches(asked, batches, memory_limit).calls] if batches else []
+        kept = [call.kept for call in plan_batches(asked, batches, limit).calls] if batches else []
         return batches, kept, IndependenceCheck.of(asked, batches) if check_independence else None
 
     batches, kept, check = on_all(prepare)

@@ -194,7 +194,8 @@ def plan(
     asked = request(model, variables, rngs=rngs, first=first, **options)
     with one_warning(), own_mesh(asked.options.sharding, by_device=asked.options.by_device):
         shapes = (in_pieces(asked, data) if isinstance(data, Arrays) else data).shapes()
-        return plan_batches(asked, prepare_batches(asked, [Source(s, _unread) for s in shapes]), memory_limit)
+        sources = [Source(s, _unread) for s in shapes]
+        return plan_batches(asked, [*prepare_batches(asked, sources)], memory_limit_of(asked, memory_limit))
 
 
 def _unread() -> Any:
@@ -208,11 +209,16 @@ def check_limit(memory_limit: Any, method: str) -> None:
         raise ValueError(f'`memory_limit` is for `method="exact"`, which keeps values of all batches: got {method!r}.')
 
 
+def memory_limit_of(asked: Request, memory_limit: int | None) -> int | None:
+    """The limit that is given; without one, half of what the device says is free, now."""
+    if memory_limit is not None:
+        return memory_limit
+    free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
+    return None if free is None else max(free // 2, 1)
+
+
 def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | None) -> Plan:
-    """The plan of batches that are prepared; without a limit, half of what the device says is free."""
-    if memory_limit is None:
-        free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
-        memory_limit = None if free is None else max(free // 2, 1)
+    """The plan of batches that are prepared."""
     names = [layer_name(asked.layers.layer_of(entries)) for entries in batches[0].segments.entries]
     sizes = [batch.size for batch in batches if batch.size is not None]
     samples = sum(sizes) if len(sizes) == len(batches) else None

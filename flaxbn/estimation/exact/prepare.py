@@ -1,7 +1,6 @@
 """Batches for exact statistics, with the segments that run them, before any data is read."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ from flaxbn.estimation.reuse import Compiled
 from flaxbn.tracing.flatten import unroll
 
 
-def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
-    """The batches with the segments that run them; nothing is read."""
+def prepare_batches(asked: Request, sources: Iterable[Source]) -> Iterator[Batch]:
+    """The batches with the segments that run them, one after the other; none is read here."""
     compiled = Compiled(Segments, asked.options, unroll)
     parts = shards(asked.options.sharding)
     by_shape: dict[Any, tuple[Segments, Closed]] = {}
@@ -35,13 +34,17 @@ def prepare_batches(asked: Request, sources: Sequence[Source]) -> list[Batch]:
             shapes = shapes_of(asked.variables, padded, asked.rngs, present=samples)
             segments, (closed,) = compiled.find(shapes)
             by_shape[key] = segments, closed
+            _check_alike(next(iter(by_shape.values()))[0], segments)
         return by_shape[key]
 
-    batches = [Batch(i, common_length(s), read, *segments_for(s)) for i, (s, read) in enumerate(sources)]
-    for (first, _), (other, _) in pairwise(by_shape.values()):
-        if [e.tolist() for e in other.entries] != [e.tolist() for e in first.entries]:
-            raise ValueError(
-                "All batches must call the same batch-norm layers in the same order: got batches that call "
-                f"{', '.join(first.layers)}, and batches of another shape that call {', '.join(other.layers)}."
-            )
-    return batches
+    for number, (shape, read) in enumerate(sources):
+        yield Batch(number, common_length(shape), read, *segments_for(shape))
+
+
+def _check_alike(first: Segments, other: Segments) -> None:
+    """All batches go through one layer after the other, so that they must call the same ones."""
+    if [e.tolist() for e in other.entries] != [e.tolist() for e in first.entries]:
+        raise ValueError(
+            "All batches must call the same batch-norm layers in the same order: got batches that call "
+            f"{', '.join(first.layers)}, and batches of another shape that call {', '.join(other.layers)}."
+        )

@@ -84,7 +84,8 @@ class Segments:
         `sharding`.
         """
         devices = frozenset(sharding.device_set)
-        new = {(one.key, devices): one for one in self.segments if (one.key, devices) not in self._ahead}
+        wanted = {(one.key, devices): one for one in self.segments if not one.has_run}
+        new = {key: one for key, one in wanted.items() if key not in self._ahead}
         lowered = [one.lower(sharding) for one in new.values()]
         with ThreadPoolExecutor(_COMPILERS) as pool:
             self._ahead |= zip(new, pool.map(_compiled, lowered))

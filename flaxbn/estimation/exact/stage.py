@@ -23,7 +23,7 @@ from flaxbn.models.keys import fold_in
 from flaxbn.tracing.measure import replace_seen
 
 _AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
-_AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
+AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
 
 _TOGETHER = 64  # moments are merged by so many on a device: as arguments of one program
 
@@ -40,6 +40,7 @@ class Batch:
         closed: the arrays that these take besides.
         values: what is kept of it at the last kept boundary; None where that is the data.
         weights: the weights of its samples, once it has been read.
+        begun: the moments of the first call's input, where they were taken while others were read.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Batch:
     closed: Closed
     values: Values | None = None
     weights: Array | None = None
+    begun: Moments | None = None
 
     @property
     def kind(self) -> tuple[int, int]:
@@ -178,7 +180,7 @@ class _Share:
     def advance(self, batches: int | None = None) -> list[Moments]:
         """Takes so many batches more, or all that are left; returns the moments of all that were taken."""
         for batch in islice(self._left, batches):
-            moments = _measure_batch(self._stage, batch)
+            moments = _of_batch(self._stage, batch)
             self._moments.append(moments)
             self._ahead.started(moments.var)
         return self._moments
@@ -186,11 +188,23 @@ class _Share:
 
 def _most_ahead(stage: Stage) -> int | None:
     if not stage.waits:
-        return _AHEAD_OF_ACCELERATOR if stage.base == 0 else None
+        return AHEAD_OF_ACCELERATOR if stage.base == 0 else None
     return _AHEAD if stage.base == stage.call else 0
 
 
-def _measure_batch(stage: Stage, batch: Batch) -> Moments:
+def _of_batch(stage: Stage, batch: Batch) -> Moments:
+    """What `measure_batch` gives, taken over from where it was begun."""
+    moments, batch.begun = batch.begun, None
+    if moments is None:
+        return measure_batch(stage, batch)
+    if not stage.keeps:
+        batch.values = None
+    elif batch.values is None:
+        return measure_batch(stage, batch)
+    return moments
+
+
+def measure_batch(stage: Stage, batch: Batch) -> Moments:
     """The moments of the call's input in one batch, which then holds what the stage keeps."""
     segment = batch.segments.segments[stage.call]
     shared = stage.shared[batch.kind]

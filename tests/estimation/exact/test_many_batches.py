@@ -49,8 +49,9 @@ def test_what_cannot_be_compiled_beside_others_is_compiled_by_itself(accelerator
     monkeypatch.setattr(jax.stages.Lowered, "compile", fails)
     model = nn.Sequential([nn.Dense(3), MODEL])
     variables = jax.device_get(model.init(jax.random.key(0), BATCHES[0]))
-    found = flaxbn.estimate_population_stats(model, variables, BATCHES, method="exact", check_independence=False)
+    data, options = np.concatenate(BATCHES), {"method": "exact", "batch_size": 30, "check_independence": False}
+    found = flaxbn.estimate_population_stats(model, variables, data, **options)
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_lowered)
-    params, data = variables["params"]["layers_0"], np.concatenate(BATCHES).astype(np.float64)
+    params, data = variables["params"]["layers_0"], data.astype(np.float64)
     assert tried
     np.testing.assert_allclose(found["layers_1"]["var"], (data @ params["kernel"] + params["bias"]).var(0), rtol=1e-4)
