@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Inexact
 from flaxbn.arithmetic import blocks
 from flaxbn.arithmetic.groups import Sharing, check_weights
 from flaxbn.arithmetic.moments import Moments, shifted, widen
-from flaxbn.arithmetic.pivot import abs2, mean_and_var, rounded_mean
+from flaxbn.arithmetic.pivot import about_zero_or_mean, abs2, mean_and_var, rounded_mean
 
 SUMS = "flaxbn_sums"
 """The name, for policies of `jax.checkpoint`, of what a measurement has summed, one value for each channel."""
@@ -23,6 +23,9 @@ _MANY_VALUES = 2**16
 _MANY_POSITIONS = 256
 _FEW_POSITIONS = 32  # in one of many lanes: two in a sample, off by less than three standard deviations in 30 000
 _HALVINGS = 4  # 1/16: reading a sample costs next to nothing beside reading all
+
+Platform = Literal["cpu", "accelerator"]
+"""Where something is measured that is not differentiated, and by which sums it is the fastest."""
 
 
 def measure(
@@ -103,7 +106,7 @@ def measure_deviations(
     axis_name: Hashable = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     lanes: int = 1,
-    in_blocks: bool = False,
+    on: Platform | None = None,
 ) -> Measured:
     """`measure` before rounding, of any positions that share statistics, those of other members included.
 
@@ -117,8 +120,8 @@ def measure_deviations(
         axis_name, axis_index_groups: the values are those of all members, as in `merge_across`; two `psum`s, and with
             weights that are no bools a `pmax`.
         lanes: how many arrays are measured at once, where `jax.vmap` maps this over others like `x`.
-        in_blocks: sum in fewer kernels, for an accelerator; where there are weights, domains or complex values it is
-            the same. It is not for differentiation.
+        on: measure as is best there, by other sums: on an accelerator in fewer kernels; on a CPU about 0, where that is
+            as good. Of complex values, with weights or domains it is the same. It is not for differentiation.
 
     Returns:
         float32 or wider, of the shape that `sharing` gives statistics.
@@ -128,27 +131,30 @@ def measure_deviations(
     real = jnp.finfo(x.dtype).dtype
     counted = _in_units(weights, x.shape, real, sharing, axis_name, axis_index_groups)
     x = x if weights is None else jnp.where(weights > 0, x, 0)
-    in_blocks = in_blocks and weights is None and sharing.domain is None and not jnp.iscomplexobj(x)
+    is_plain = weights is None and sharing.domain is None and not jnp.iscomplexobj(x)
 
     def sums(*values: Array) -> tuple[Array, ...]:
         """The sum of the weights, and that of each of the values, over all members."""
         weighted = [v if weights is None else counted.weights * v for v in values]
-        total = blocks.sums(weighted, sharing.axes) if in_blocks else sharing.total(weighted)
+        total = blocks.sums(weighted, sharing.axes) if is_plain and on == "accelerator" else sharing.total(weighted)
         found = sharing.count(counted.weights, values[0].shape), *total
         if axis_name is not None:
             found = jax.lax.psum(found, axis_name, axis_index_groups=axis_index_groups)
         return tuple(map(_kept, found))
 
-    pivot, deviation = jnp.zeros((), x.dtype), x
-    if not fast:
-        whole = weights is not None or sharing.domain is not None
-        count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes, lanes)))
-        pivot = rounded_mean(first, count).astype(x.dtype)
-        pivot = _kept(jnp.where(jnp.isfinite(pivot), pivot, 0))
-        deviation = x - sharing.spread(pivot)
-        if weights is not None:
-            deviation = jnp.where(weights > 0, deviation, 0)  # the square of what is hidden may be infinite
-    count, first, second = sums(deviation, abs2(deviation))
+    if on == "cpu" and is_plain and not fast and axis_name is None and x.size >= _MANY_VALUES:
+        pivot, (count, first, second) = about_zero_or_mean(x, sharing.spread, sums)
+    else:
+        pivot, deviation = jnp.zeros((), x.dtype), x
+        if not fast:
+            whole = weights is not None or sharing.domain is not None
+            count, first = sums(jax.lax.stop_gradient(x if whole else sample(x, sharing.axes, lanes)))
+            pivot = rounded_mean(first, count).astype(x.dtype)
+            pivot = _kept(jnp.where(jnp.isfinite(pivot), pivot, 0))
+            deviation = x - sharing.spread(pivot)
+            if weights is not None:
+                deviation = jnp.where(weights > 0, deviation, 0)  # the square of what is hidden may be infinite
+        count, first, second = sums(deviation, abs2(deviation))
     count = count + jnp.zeros_like(second)  # split over devices as the channels are, where axes are Explicit
     overflow = second == jnp.inf  # squares are the first to overflow; of NaN they are NaN
     mean, var = mean_and_var(count, jnp.where(overflow, 0, first), second)

@@ -11,6 +11,7 @@ cancels; and with Moments in the place of single values, `E[var]` added, it is t
 Moments merge.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,36 @@ def mean_and_var(count: Array, first: Array, second: Array) -> tuple[Any, Any]:
         return mean, np.maximum(var, 0)
     # Rounding errors below 0 become 0 without a kink: the derivative at 0 stays that of `var`.
     return mean, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+
+
+_LOST = 15.0  # what a variance about the mean of a sample of 1/16 may lose of its digits' precision at the most, too
+
+
+def about_zero_or_mean(
+    x: Array, spread: Callable[[Array], Array], sums: Callable[..., tuple[Array, ...]]
+) -> tuple[Array, tuple[Array, ...]]:
+    """A pivot, and the sums of weights, deviations and squares about it: 0 where no channel loses by that.
+
+    Sums of `x` itself are taken without making an array of deviations. Where they overflow, or some `mean^2` is more
+    than 15 times the variance, `x` is read again, about the mean. Under `jax.vmap` it always would be.
+
+    Args:
+        x: the values, real.
+        spread: shapes a pivot to broadcast against them.
+        sums: gives the sum of the weights, and that of each of its arguments.
+    """
+    found = sums(x, abs2(x))
+    count, first, second = found
+    pivot = rounded_mean(first, count).astype(x.dtype)
+    mean, var = mean_and_var(count, first, second)
+    is_enough = jnp.all(jnp.isfinite(second) & (abs2(mean) <= _LOST * var))
+
+    def about_mean() -> tuple[Array, tuple[Array, ...]]:
+        center = jnp.where(jnp.isfinite(pivot), pivot, 0)
+        deviation = x - spread(center)
+        return center, sums(deviation, abs2(deviation))
+
+    return jax.lax.cond(is_enough, lambda: (jnp.zeros_like(pivot), found), about_mean)
 
 
 def abs2(x: Any) -> Any:

@@ -98,8 +98,7 @@ class Pass:
             return stored_statistics(tap)
         self.calls.check_values(tap)
         sharding = None if self.layout.has_parts else self.layout.sharding
-        in_blocks = self.layout.on_accelerator and self.layout.sharding is None
-        measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding, in_blocks=in_blocks)
+        measured = measure_sharded(tap, self.calls.weights(tap, weights), samples, sharding, on=self.layout.platform)
         return *batch_statistics(tap, measured), Record.of(measured)
 
     def sharded_moments(

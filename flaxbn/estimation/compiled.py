@@ -8,6 +8,7 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from flaxbn.arithmetic.measure import Platform
 from flaxbn.data.placement import shards
 from flaxbn.models.arguments import Model
 from flaxbn.models.linen import Call
@@ -33,6 +34,15 @@ class Layout(NamedTuple):
     def has_parts(self) -> bool:
         """Whether parts of a batch normalize by themselves."""
         return self.by_device or self.group is not None
+
+    @property
+    def platform(self) -> Platform | None:
+        """By which sums a layer is measured: those for one device by itself, which is no part of a mapped program."""
+        if self.sharding is not None:
+            return None
+        if self.on_accelerator:
+            return "accelerator"
+        return "cpu" if self.group is None else None
 
     @property
     def multiple(self) -> int:

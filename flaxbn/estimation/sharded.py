@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from flaxbn.arithmetic.measure import Measured
+from flaxbn.arithmetic.measure import Measured, Platform
 from flaxbn.arithmetic.moments import Moments, merge_deviations_along
 from flaxbn.data.placement import replicated, shards
 from flaxbn.tracing.measure import measure_tap
@@ -15,7 +15,7 @@ from flaxbn.tracing.primitive import Tap
 
 
 def measure_sharded(
-    tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None, *, in_blocks: bool = False
+    tap: Tap, weights: Array | None, samples: int | None, sharding: NamedSharding | None, *, on: Platform | None
 ) -> Measured:
     """`measure_tap` where batches of `samples` samples lie as `sharding`.
 
@@ -28,12 +28,12 @@ def measure_sharded(
         weights: of its positions, or None.
         samples: how many a batch has; None where that is not known.
         sharding: how they lie; None for one device.
-        in_blocks: as in `measure_deviations`, where nothing is cut.
+        on: as in `measure_deviations`, where nothing is cut.
     """
     parts = shards(sharding)
     axis = None if samples is None else _axis_of_samples(tap, samples)
     if sharding is None or samples is None or parts == 1 or axis is None or samples % parts:
-        return measure_tap(tap, weights, in_blocks=in_blocks)
+        return measure_tap(tap, weights, on=on)
 
     def cut(values: Array | None, axis: int) -> Array | None:
         if values is None or values.ndim <= axis or values.shape[axis] == 1:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flaxbn.arithmetic.groups import Sharing, values_per_channel
-from flaxbn.arithmetic.measure import Measured, measure_deviations
+from flaxbn.arithmetic.measure import Measured, Platform, measure_deviations
 from flaxbn.arithmetic.moments import Moments
 from flaxbn.arithmetic.pivot import is_on_host
 from flaxbn.tracing.primitive import Tap
@@ -54,7 +54,7 @@ def replace_seen(mean: Any, var: Any, moments: Moments) -> tuple[Any, Any]:
     return where(seen, moments.mean, mean), where(seen, moments.var, var)
 
 
-def measure_tap(tap: Tap, weights: Array | None, *, in_blocks: bool = False) -> Measured:
+def measure_tap(tap: Tap, weights: Array | None, *, on: Platform | None = None) -> Measured:
     """What is measured of the tap's input, by the weights of samples and the layer's mask.
 
     A layer with domains that runs on one has the moments of that row, and none of the others. Where members of a mapped
@@ -63,7 +63,7 @@ def measure_tap(tap: Tap, weights: Array | None, *, in_blocks: bool = False) -> 
     Args:
         tap: the tap.
         weights: of the rank of its input, each axis equal to that of it or 1; None where samples have no weights.
-        in_blocks: as in `measure_deviations`.
+        on: as in `measure_deviations`.
 
     Returns:
         Of the shape of the statistics that the layer reads. With domains, those of all; without examples their count
@@ -76,7 +76,7 @@ def measure_tap(tap: Tap, weights: Array | None, *, in_blocks: bool = False) -> 
 
     def measured(x: Array, weights: Array | None, domain: Array | None) -> Measured:
         options = {"weights": weights, "axis_name": tap.axis_name, "axis_index_groups": tap.axis_index_groups}
-        options |= {"in_blocks": in_blocks}
+        options |= {"on": None if on == "cpu" and tap.lanes else on}
         if domain is None:
             return measure_deviations(x, Sharing(tap.axes), **options)
         num_domains = tap.mean.shape[tap.lanes]

@@ -32,7 +32,7 @@ def error(found, expected):
 def test_no_data_spoils_the_variance(shape, ratio, kind, tolerance):
     x = hard_data(kind, ratio, shape)
     sharing = Sharing(tuple(range(x.ndim - 1)))
-    pivot, found, _, _ = jax.jit(lambda x: measure_deviations(x, sharing, in_blocks=True))(x)
+    pivot, found, _, _ = jax.jit(lambda x: measure_deviations(x, sharing, on="accelerator"))(x)
     count, mean, var = moments(x.reshape(-1, shape[-1]))
     np.testing.assert_array_equal(found.count, count)
     assert error(found.var, var) <= tolerance
@@ -59,7 +59,7 @@ def test_any_axes(axes, arrays):
 
 def test_in_lanes():
     x = np.random.default_rng(0).normal(1e3, 1.0, size=(3, 64, 300)).astype(np.float32)
-    found = jax.vmap(lambda x: measure_deviations(x, Sharing((0,)), in_blocks=True).moments)(x)
+    found = jax.vmap(lambda x: measure_deviations(x, Sharing((0,)), on="accelerator").moments)(x)
     np.testing.assert_allclose(found.var, x.astype(np.float64).var(1), rtol=1e-6)
 
 
@@ -68,7 +68,9 @@ def test_what_is_not_finite_is_told_as_ever(value):
     x = np.random.default_rng(0).normal(size=IN_BLOCKS).astype(np.float32)
     x[0, 0, 0, 1] = value
     sharing = Sharing((0, 1, 2))
-    alone, together = jax.jit(lambda x: [measure_deviations(x, sharing, in_blocks=flag) for flag in (False, True)])(x)
+    alone, together = jax.jit(
+        lambda x: [measure_deviations(x, sharing, on=platform) for platform in (None, "accelerator")]
+    )(x)
     for name in ("var", "mean"):
         np.testing.assert_array_equal(*(np.isfinite(getattr(m.moments, name)) for m in (alone, together)))
     np.testing.assert_array_equal(alone.overflow, together.overflow)

@@ -51,7 +51,7 @@ def measured(sharding, given, weights=None, samples=B, axis=0):
 
     def run(x, weights, mask, domain):
         given_now = given._replace(x=x, weights=mask, domain=domain)
-        return measure_sharded(given_now, weights, samples, sharding).moments
+        return measure_sharded(given_now, weights, samples, sharding, on=None).moments
 
     lowered = jax.jit(run).lower(x, weights, given.weights, given.domain)
     compiled = lowered.compile()

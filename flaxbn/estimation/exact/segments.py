@@ -225,7 +225,9 @@ class Segment:
         stored = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._tap.invars[1:3]]
         tap = as_tap(self._tap.params, [x, *stored, *others], self._site)
         weights = self._whole.calls.weights(tap, weights)
-        return measure_sharded(tap, weights, self._whole.calls.samples, self._whole.layout.sharding).moments, made
+        layout = self._whole.layout
+        platform = None if layout.on_accelerator else layout.platform
+        return measure_sharded(tap, weights, self._whole.calls.samples, layout.sharding, on=platform).moments, made
 
 
 def _cut(
