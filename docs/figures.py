@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-FIGURES = {("1_erratic_validation", 0): "erratic_validation.png", ("2_two_datasets", 0): "domains.png"}
+FIGURES = {("1_erratic_validation", 0): "erratic_validation.png", ("2_two_datasets", 1): "domains.png"}
 """For each notebook and number of a figure in it the file that it goes to."""
 
 

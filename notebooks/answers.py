@@ -111,7 +111,7 @@ def in_groups(found: dict[str, Any], kind: str, size: int) -> list[np.ndarray]:
     """The errors with batch normalization and with batch renormalization, by seed."""
     norms = ("batch normalization", "batch renormalization")
     errors = (found["errors"][f"{kind} / {norm} / running"] for norm in norms)
-    return [np.array(values)[:, found["sizes"].index(size)] for values in errors]
+    return [np.array(values)[:, found["sizes"][kind].index(size)] for values in errors]
 
 
 def won_back(kind: str, size: int, share: float) -> Callable[[dict[str, Any]], Found]:
@@ -127,8 +127,9 @@ def won_back(kind: str, size: int, share: float) -> Callable[[dict[str, Any]], F
 
 
 def nothing_lost(found: dict[str, Any]) -> Found:
-    size = max(found["sizes"])
-    old, new = in_groups(found, "random groups", size)
+    kind = "random groups"
+    size = max(found["sizes"][kind])
+    old, new = in_groups(found, kind, size)
     return no_effect(new - old, f"Groups of {size}: {change(old, new)}")
 
 

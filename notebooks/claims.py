@@ -191,7 +191,7 @@ CLAIMS = (
         "With batches that are no random sample, nearly all of it",
         IOFFE + ", section 4.3",
         "3_batch_renormalization",
-        won_back("sorted groups", 4, share=1),
+        won_back("groups of two classes", 4, share=1),
     ),
     Claim(
         "With large random batches nothing is lost by it",
