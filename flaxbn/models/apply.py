@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -11,8 +12,9 @@ from flaxbn.data.samples import hide
 from flaxbn.models.arguments import Model, dropout_keys, open_model, takes_model
 from flaxbn.models.batch_stats import select, with_wide_statistics
 from flaxbn.models.entries import Reading, check_own_layers, read_layers
-from flaxbn.models.linen import Call, check_layers, trace
+from flaxbn.models.linen import Call, Traced, check_layers, trace
 from flaxbn.models.unseen import note, one_warning, unseen
+from flaxbn.tracing.jaxpr import is_variable
 from flaxbn.tracing.measure import batch_statistics, check_values, measure_tap, stored_statistics
 from flaxbn.tracing.primitive import Tap
 
@@ -71,7 +73,7 @@ def apply(
     Raises:
         ValueError: if `statistics` is another one; with "batch", if the model has no batch-norm layer, or a layer
             would normalize by the statistics of a single value per channel; if `only` accepts no layer, or is given
-            without "batch"; if `rngs` name what no dropout layer of an nnx model draws from.
+            without "batch"; if `rngs` name what nothing draws from, while dropout layers draw from another collection.
         CallError: if the model does not run on the batch, with the `call` that might.
         TypeError: if `model` is neither a `flax.linen.Module` nor split from an `nnx.Module`.
 
@@ -91,6 +93,8 @@ def apply(
     variables, keys = with_wide_statistics(variables), dropout_keys(model, variables, rngs)
     arguments = variables, hide(batch, numbers=True), keys
     traced = trace(model, *arguments[:2], call, keys, dropout=frozenset(rngs or ()))
+    if rngs and isinstance(model, nn.Module):
+        _check_names(traced, rngs)
     switched: set[int] = set()
     with one_warning():
         if statistics == "batch" or traced.written:
@@ -111,6 +115,19 @@ def apply(
         return *batch_statistics(tap, measure_tap(tap, None)), None
 
     return traced.finish(traced.program.run(jax.tree.leaves(arguments), on_tap)[0])
+
+
+def _check_names(traced: Traced, rngs: Mapping[str, Array]) -> None:
+    """A misspelled collection would turn dropout off without a word: an error, where nothing draws from it."""
+    jaxpr = traced.program.jaxpr
+    used = {v for eqn in jaxpr.eqns for v in eqn.invars if is_variable(v)} | {*filter(is_variable, jaxpr.outvars)}
+    leaves = jax.tree.leaves({name: name for name in rngs})  # in the order in which keys are arguments, the last ones
+    idle = [name for name, v in zip(leaves, jaxpr.invars[-len(leaves) :]) if v not in used]
+    if idle and traced.silenced:
+        raise ValueError(
+            f"`rngs` must name what the model draws from: nothing draws from {idle}, and dropout layers that draw from "
+            f"{sorted(traced.silenced)} are off without a key for that. Give them one, or leave `rngs` out."
+        )
 
 
 def _sites(reading: Reading, only: Callable[[str], bool] | None) -> set[int]:

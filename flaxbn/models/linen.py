@@ -88,11 +88,13 @@ class Traced(NamedTuple):
         finish: makes of the program's outputs what `call` returns.
         written: for each leaf of `batch_stats` that is another one after the call, by its path, what it then is, as a
             variable of the program; where transformations hand all collections through, such leaves may be unchanged.
+        silenced: the collections that dropout layers of Linen, which are off, would draw from.
     """
 
     program: Program
     finish: Callable[[list[Any]], Any]
     written: dict[Path, Any]
+    silenced: frozenset[str]
 
 
 def trace(
@@ -117,10 +119,11 @@ def trace(
         dropout: the collections of random keys whose dropout layers run as `call` runs them; all others are off.
     """
     returned: list[Any] = []
+    silenced: set[str] = set()
 
     def forward(variables: Any, batch: Any, rngs: Any) -> list[Any]:
         look = intercept_nnx(partial(evaluate_nnx_layer, dropout))
-        with nn.intercept_methods(_interceptor(dropout)), look, observing(("trace", recognized_key())):
+        with nn.intercept_methods(_interceptor(dropout, silenced)), look, observing(("trace", recognized_key())):
             output, after = _applied(model, variables, batch, call, rngs)
         leaves, structure = jax.tree.flatten(output)
         before = named_leaves(variables.get("batch_stats", {}))
@@ -142,6 +145,7 @@ def trace(
         Program(with_outputs(closed.jaxpr, outvars[:count]), closed.consts),
         finish,
         dict(zip(written, outvars[count:])),
+        frozenset(silenced),
     )
 
 
@@ -150,13 +154,14 @@ def running_function(context: nn.module.InterceptorContext) -> Any:
     return inspect.unwrap(getattr(context.orig_method, "func", context.orig_method))
 
 
-def _interceptor(dropout: Collection[str]) -> Callable[..., Any]:
+def _interceptor(dropout: Collection[str], silenced: set[str]) -> Callable[..., Any]:
     inside = False
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
         function, layer = running_function(context), context.module
         if function is DROPOUT_CALL and layer.rng_collection not in dropout:
+            silenced.add(layer.rng_collection)
             return kwargs["inputs"] if "inputs" in kwargs else args[0]
         known = None if inside else _evaluation_of(layer, function)
         if known is None:

@@ -67,11 +67,7 @@ def test_frozen_statistics_and_dropout_are_the_models_own_code(norm, transform):
 def test_dropout_needs_its_own_keys_and_a_call_that_turns_it_on():
     variables = variables_of(nn.BatchNorm)
     evaluated = Backbone().apply(variables, X)
-    for options in (
-        {"call": as_in_training},
-        {"call": as_in_training, "rngs": {"noise": KEYS["dropout"]}},
-        {"rngs": KEYS},
-    ):
+    for options in ({"call": as_in_training}, {"rngs": KEYS}):
         np.testing.assert_allclose(flaxbn.apply(Backbone(), variables, X, **options), evaluated, rtol=1e-6)
 
 
@@ -94,6 +90,18 @@ def test_other_keys_are_handed_to_the_model():
     np.testing.assert_array_equal(
         flaxbn.apply(Noisy(), variables, X, rngs=keys), Noisy().apply(variables, X, rngs=keys)
     )
+
+
+def test_a_name_that_nothing_draws_from():
+    """Dropout would be off without a word; a model that draws from the name, or has no other dropout, may have it."""
+    variables = variables_of(nn.BatchNorm)
+    run = partial(flaxbn.apply, Backbone(), variables, X, call=as_in_training)
+    with pytest.raises(ValueError, match=r"nothing draws from \['droput'\], and dropout .* from \['dropout'\] are off"):
+        run(rngs={"droput": jax.random.key(1)})
+    with_more = run(rngs={**KEYS, "params": jax.random.key(2)})
+    np.testing.assert_array_equal(with_more, run(rngs=KEYS))
+    norm = nn.BatchNorm(use_running_average=True)
+    flaxbn.apply(norm, norm.init(jax.random.key(0), X), X, rngs={"noise": jax.random.key(1)})
 
 
 def test_estimates_leave_dropout_off_whatever_keys_they_have():
