@@ -39,10 +39,13 @@ def effect(gain: Any, text: str, reported: float | None = None) -> Found:
 def no_effect(difference: Any, text: str, within: float = 0.5) -> Found:
     """A claim that nothing changes, `difference` being the points for each seed.
 
-    It holds if the mean is at most two standard deviations and `within` points; weaker, if it is either.
+    It holds if the mean is at most two standard deviations and `within` points; weaker, if it is at most one standard
+    deviation, or so many points.
     """
     mean, deviation = abs(np.mean(difference)), np.std(difference)
-    return Found(text, (FAILS, WEAKER, HOLDS)[sum([mean <= 2 * deviation, mean <= within])])
+    if mean <= min(2 * deviation, within):
+        return Found(text, HOLDS)
+    return Found(text, WEAKER if mean <= max(deviation, within) else FAILS)
 
 
 def change(old: Any, new: Any, unit: str = "% error", form: str = ".1f") -> str:
@@ -92,6 +95,17 @@ def from_to(old: Cell, new: Cell, reported: float | None = None) -> Callable[[di
 
 
 def as_good(one: Cell, other: Cell) -> Callable[[dict[str, Any]], Found]:
+    """That the second cell is no worse than the first."""
+
+    def answer(found: dict[str, Any]) -> Found:
+        values = cell(found, *one), cell(found, *other)
+        loss = values[0] - values[1]
+        return no_effect(loss if np.mean(loss) > 0 else 0.0, change(*values, "% accuracy"))
+
+    return answer
+
+
+def same_cell(one: Cell, other: Cell) -> Callable[[dict[str, Any]], Found]:
     def answer(found: dict[str, Any]) -> Found:
         values = cell(found, *one), cell(found, *other)
         return no_effect(values[1] - values[0], change(*values, "% accuracy"))

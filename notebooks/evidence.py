@@ -32,14 +32,14 @@ HEAD = """# What holds?
 
 What articles and papers say of batch normalization that this library is an answer to, and what our runs say to that.
 Their networks are larger than ours, a ResNet-50 on ImageNet for most; ours are narrow ResNets of 20 layers and small
-networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1 and 4 halved to 16x16, and on a table of
-920 patients. A claim that does not hold here may hold there.
+networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1, 3 and 4 halved to 16x16, on SVHN and
+MNIST, and on a table of 920 patients. A claim that does not hold here may hold there.
 
 Figures are mean ± standard deviation over {seeds} seeds. An effect *holds* if its mean exceeds two standard deviations
 and, where the source gives a figure, half of that, in its own unit; it *holds weaker* if it exceeds one standard
 deviation. That nothing changes *holds* if the difference is within two standard deviations and half a point, and *holds
-weaker* within one of the two. For the spread of seeds, hospitals and the diagnosis the rule stands in
-`notebooks/answers.py`.
+weaker* within one standard deviation or half a point; that something is as good likewise, or if it is better. For the
+spread of seeds, hospitals and the diagnosis the rule stands in `notebooks/answers.py`.
 
 | claim | source | here | | notebook |
 |---|---|---|---|---|

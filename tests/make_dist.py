@@ -168,7 +168,7 @@ def try_out(package: pathlib.Path, python: str, *, lowest: bool, all_tests: bool
         install(own, [f"{package}[export]", *BESIDES], folder / "constraints.txt")
         run_programs(own, folder)
         if is_sdist(package):
-            extras, tests = ("test,report,scripts", ["tests"]) if all_tests else ("test", QUICK)
+            extras, tests = ("test,report,scripts", ["tests"]) if all_tests else ("test,report", QUICK)
             install(own, [f"{package}[{extras}]"], folder / "constraints.txt")
             with tarfile.open(package) as archive:
                 archive.extractall(folder, filter="data")

@@ -43,12 +43,28 @@ def test_an_effect(gain, reported, verdict):
         ([-0.2, 0.1, 0.3], answers.HOLDS),
         ([0.3, 0.31, 0.32], answers.WEAKER),
         ([-2, 1, 4], answers.WEAKER),
+        ([2.5, 5.5, 8.5], answers.FAILS),
         ([2, 2.1, 2.2], answers.FAILS),
         ([-2, -2.1, -2.2], answers.FAILS),
     ],
 )
 def test_that_nothing_changes(difference, verdict):
     assert answers.no_effect(difference, "words") == ("words", verdict)
+
+
+@pytest.mark.parametrize(
+    ("other", "as_good", "same"),
+    [
+        ([70.0, 71.0], answers.HOLDS, answers.HOLDS),
+        ([75.0, 76.1], answers.HOLDS, answers.FAILS),
+        ([65.0, 66.1], answers.FAILS, answers.FAILS),
+    ],
+)
+def test_what_is_better_is_as_good_but_not_the_same(other, as_good, same):
+    found = {"test": {"a": {"own": {"one": [70.0, 71.0]}}, "b": {"own": {"one": other}}}}
+    cells = ("a", "own"), ("b", "own")
+    assert answers.as_good(*cells)(found).verdict == as_good
+    assert answers.same_cell(*cells)(found).verdict == same
 
 
 def test_figures_are_means_and_deviations_over_the_seeds():
