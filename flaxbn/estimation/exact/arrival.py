@@ -9,26 +9,33 @@ import jax
 from flaxbn.data.batches import Stream
 from flaxbn.data.placement import on_accelerator, shards
 from flaxbn.estimation.chunks import Ahead
+from flaxbn.estimation.exact.plan import memory_limit_of
 from flaxbn.estimation.exact.prepare import prepare_batches
-from flaxbn.estimation.exact.stage import AHEAD_OF_ACCELERATOR, Batch, Stage, measure_batch
+from flaxbn.estimation.exact.segments import Values
+from flaxbn.estimation.exact.stage import AHEAD, AHEAD_OF_ACCELERATOR, Batch, Stage, measure_batch
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.threads import Lanes, lanes_for
 
 
-def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> list[Batch]:
-    """All batches, each of which got to the first call's input meanwhile; later calls need the statistics of all.
+def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> tuple[list[Batch], int]:
+    """All batches, each at the input of the first call: later ones need the statistics of all.
 
     Args:
         asked: the request.
         data: the batches, which are read here and held.
         memory_limit: how many bytes of what lives after the first call may be kept; if it is more, nothing of it is.
+
+    Returns:
+        The batches, and how many bytes are kept on each device.
     """
     arriving = prepare_batches(asked, data.sources())
     first = [*islice(arriving, 1)]
-    nbytes = sum(batch.segments.bytes(0) for batch in first)
+    if not (first and first[0].segments.segments):
+        return [*first, *arriving], 0
     batches: list[Batch] = []
     waiting: deque[Callable[[], None]] = deque()
-    with Lanes(lanes_for((asked.variables, [batch.closed for batch in first]), nbytes), tracing_options) as lanes:
+    cores = lanes_for((asked.variables, first[0].closed), first[0].segments.bytes(0))
+    with Lanes(cores, tracing_options) as lanes:
         begin = _Begin(asked, memory_limit, threads=lanes.number > 1)
         for lane, batch in zip(cycle(range(lanes.number)), chain(first, arriving)):
             batches.append(batch)
@@ -41,7 +48,7 @@ def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> 
                 waiting.popleft()()
         while waiting:
             waiting.popleft()()
-    return batches
+    return batches, begin.held
 
 
 class _Begin:
@@ -49,30 +56,37 @@ class _Begin:
 
     Args:
         threads: whether several do: each waits for what it started, so that the others are not held up.
+
+    Attributes:
+        held: how many bytes are kept on each device.
     """
 
     def __init__(self, asked: Request, memory_limit: int | None, *, threads: bool) -> None:
+        self.held = 0
         self._asked = asked
         self._limit = memory_limit
         self._threads = threads
-        self._parts = shards(asked.options.sharding)
-        self._kept: int | None = 0  # bytes; None where they were too many
+        self._keeps = True
         self._waits = not on_accelerator(asked.variables)
-        self._ahead = Ahead(1 if self._waits else AHEAD_OF_ACCELERATOR)
+        self._ahead = Ahead(AHEAD if self._waits else AHEAD_OF_ACCELERATOR)
+        self._shared: dict[tuple[int, int], Values] = {}
 
     def make_room(self, batches: list[Batch]) -> None:
-        """Lets go of all values where the last of these batches is one too many."""
-        if self._kept is None:
+        """Lets go of all values where the last of these batches is one too many, and keeps none from then on."""
+        *_, last = batches
+        if last.kind not in self._shared:
+            self._shared[last.kind] = last.segments.shared(last.closed, self._asked.variables)
+        if not self._keeps:
             return
-        self._kept += batches[-1].segments.bytes(1)
-        if self._limit is not None and self._kept > self._limit * self._parts:
-            self._kept = None
+        limit = memory_limit_of(self._asked, self._limit, self.held)
+        self.held += -(-last.segments.bytes(1) // shards(self._asked.options.sharding))
+        if limit is not None and self.held > limit:
+            self._keeps, self.held = False, 0
             for batch in batches:
                 batch.values = None
 
     def __call__(self, batch: Batch) -> None:
-        shared = batch.segments.shared(batch.closed, self._asked.variables)
-        stage = Stage(self._asked, {batch.kind: shared}, 0, 0, self._kept is not None, self._waits)
+        stage = Stage(self._asked, self._shared, 0, 0, self._keeps, self._waits)
         batch.begun = measure_batch(stage, batch)
         if self._threads:
             jax.block_until_ready(batch.begun)

@@ -47,11 +47,11 @@ def _pass(
     asked: Request, data: Arrays | Stream, memory_limit: int | None, counter: Counter, *, check_independence: bool
 ) -> Result:
     def prepare() -> tuple[list[Batch], list[bool], IndependenceCheck | None]:
-        limit = memory_limit_of(asked, memory_limit)
         if isinstance(data, Arrays) or jax.process_count() > 1:
-            batches = [*prepare_batches(asked, data.sources())]
+            batches, held = [*prepare_batches(asked, data.sources())], 0
         else:
-            batches = prepare_arriving(asked, data, limit)
+            batches, held = prepare_arriving(asked, data, memory_limit)
+        limit = memory_limit_of(asked, memory_limit, held)
         if len(batches) == 1 == jax.process_count():
             for segment in batches[0].segments.segments:
                 segment.check_values()
@@ -60,6 +60,8 @@ def _pass(
 
     batches, kept, check = on_all(prepare)
     calls = _agreed(gather(_signature(batches)))
+    if not calls:
+        return Result.of_calls([], range(len(batches)), [], [])
     found = run(asked, batches, kept or [True] * calls, counter)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
 

@@ -83,7 +83,7 @@ def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
     if len(devices) == 1:
         for one in kinds:
             if not one.segments.is_weighted:
-                one.segments.compile_ahead(SingleDeviceSharding(*devices))
+                one.segments.compile_ahead(SingleDeviceSharding(*devices), begin=int(one.begun is not None))
 
 
 def _first_bad(reaches: Sequence[Reach], places: Sequence[Any]) -> int:

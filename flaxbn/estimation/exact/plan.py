@@ -209,12 +209,12 @@ def check_limit(memory_limit: Any, method: str) -> None:
         raise ValueError(f'`memory_limit` is for `method="exact"`, which keeps values of all batches: got {method!r}.')
 
 
-def memory_limit_of(asked: Request, memory_limit: int | None) -> int | None:
-    """The limit that is given; without one, half of what the device says is free, now."""
+def memory_limit_of(asked: Request, memory_limit: int | None, held: int = 0) -> int | None:
+    """The limit that is given; without one, half of what the device says is free, now, or is held already."""
     if memory_limit is not None:
         return memory_limit
     free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
-    return None if free is None else max(free // 2, 1)
+    return None if free is None else max((free + held) // 2, 1)
 
 
 def plan_batches(asked: Request, batches: Sequence[Batch], memory_limit: int | None) -> Plan:

@@ -77,14 +77,14 @@ class Segments:
         """The size of what lives before a call."""
         return self._bytes[call]
 
-    def compile_ahead(self, sharding: Sharding) -> None:
+    def compile_ahead(self, sharding: Sharding, begin: int = 0) -> None:
         """Compiles what measures the calls, side by side, for batches without weights of which everything is kept.
 
         On an accelerator compilers try kernels out, which takes longer than all else in a first call. All arrays lie as
-        `sharding`.
+        `sharding`; the calls before `begin` have been measured.
         """
         devices = frozenset(sharding.device_set)
-        wanted = {(one.key, devices): one for one in self.segments if not one.has_run}
+        wanted = {(one.key, devices): one for one in self.segments[begin:]}
         new = {key: one for key, one in wanted.items() if key not in self._ahead}
         lowered = [one.lower(sharding) for one in new.values()]
         with ThreadPoolExecutor(_COMPILERS) as pool:

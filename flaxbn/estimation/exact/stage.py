@@ -22,7 +22,7 @@ from flaxbn.estimation.threads import Cores
 from flaxbn.models.keys import fold_in
 from flaxbn.tracing.measure import replace_seen
 
-_AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
+AHEAD = 1  # on a CPU, fresh memory for what is kept costs more than waiting does; further ahead it piles up
 AHEAD_OF_ACCELERATOR = 8  # while batches are read: what is on its way to the device is held by the host
 
 _TOGETHER = 64  # moments are merged by so many on a device: as arguments of one program
@@ -189,7 +189,7 @@ class _Share:
 def _most_ahead(stage: Stage) -> int | None:
     if not stage.waits:
         return AHEAD_OF_ACCELERATOR if stage.base == 0 else None
-    return _AHEAD if stage.base == stage.call else 0
+    return AHEAD if stage.base == stage.call else 0
 
 
 def _of_batch(stage: Stage, batch: Batch) -> Moments:

@@ -46,7 +46,7 @@ class IndependenceCheck:
     Attributes:
         asked: the request.
         batches: one batch that can be cut, or two of one example each that can be joined. They hold their data
-            themselves, whatever a run has read and let go of.
+            themselves, whatever a run has read and let go of, and nothing that was computed of it.
     """
 
     asked: Request
@@ -73,9 +73,9 @@ class IndependenceCheck:
         for batch in (batch for batch in batches if batch.size is not None):
             if _has_weight(asked, batch):
                 if batch.size != 1:
-                    return cls(asked, (replace(batch),))
+                    return cls(asked, (_unread(batch),))
                 if id(batch.segments) in single:
-                    return cls(asked, (replace(single[id(batch.segments)]), replace(batch)))
+                    return cls(asked, (_unread(single[id(batch.segments)]), _unread(batch)))
                 single[id(batch.segments)] = batch
         return None
 
@@ -154,7 +154,7 @@ class IndependenceCheck:
         return found
 
     def _of_rows(self, batch: Batch, arrays: Any, rows: np.ndarray, statistics: Any) -> list[Moments]:
-        own = replace(batch, read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
+        own = replace(_unread(batch), read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
         return moments_with(self.asked, own, statistics)
 
     def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Any]) -> None:
@@ -197,6 +197,11 @@ def _has_weight(asked: Request, batch: Batch) -> bool:
         return True
     fetch(asked, batch)
     return bool(np.any(np.asarray(batch.weights) > 0))
+
+
+def _unread(batch: Batch) -> Batch:
+    """The batch as it came."""
+    return replace(batch, values=None, begun=None)
 
 
 def _rows(arrays: Any, rows: np.ndarray) -> Any:

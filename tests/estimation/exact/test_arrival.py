@@ -1,6 +1,7 @@
 """Exact statistics of a stream: the first layer's input is computed while the next batch is read."""
 
 import threading
+import time
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 import flaxbn
 from flaxbn.estimation.exact import arrival
 from flaxbn.estimation.exact.segments import Segment
+from flaxbn.estimation.exact.verify import IndependenceCheck
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (24 * 64, 256)).astype(np.float32)
 BATCHES = np.split(X, 24)
@@ -89,14 +91,49 @@ def test_what_does_not_fit_is_not_held(monkeypatch, limit):
     run = arrival.prepare_arriving
 
     def noted(*arguments):
-        batches = run(*arguments)
+        batches, kept = run(*arguments)
         held.append(sum(a.nbytes for batch in batches for a in (batch.values or {}).values()))
-        return batches
+        assert kept == (held[0] if limit is None else 0)
+        return batches, kept
 
     monkeypatch.setattr("flaxbn.estimation.exact.estimate.prepare_arriving", noted)
     estimate(iter(BATCHES), memory_limit=limit)
     # At most what three threads had under way when the limit was seen; it goes at the first layer.
     assert held[0] == len(X) * 8 * 4 if limit is None else held[0] <= 3 * 64 * 8 * 4
+
+
+def test_what_checks_that_examples_are_independent_holds_nothing_computed(monkeypatch):
+    made = []
+    of = IndependenceCheck.of
+    monkeypatch.setattr(IndependenceCheck, "of", lambda *given: made.append(of(*given)) or made[0])
+    estimate([X], check_independence=True)
+    assert [(batch.values, batch.begun) for batch in made[0].batches] == [(None, None)]
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(1, 2), (3, 4)])
+def test_the_loader_is_not_far_ahead(monkeypatch, cores, ahead):
+    """Batches that wait to be computed are held twice, on their way to the device as well."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    done, read, most = [], 0, 0
+    measure = arrival.measure_batch
+
+    def slowly(stage, batch):
+        time.sleep(0.01)
+        moments = jax.block_until_ready(measure(stage, batch))
+        done.append(batch.number)
+        return moments
+
+    def loader():
+        nonlocal read, most
+        for batch in BATCHES:
+            read += 1
+            most = max(most, read - len(done))
+            yield batch
+
+    monkeypatch.setattr(arrival, "measure_batch", slowly)
+    estimate(loader())
+    assert sorted(done) == list(range(24))
+    assert most <= ahead
 
 
 @pytest.mark.usefixtures("three_cores")
@@ -132,8 +169,28 @@ def test_a_batch_that_is_not_finite_is_named():
 
 
 def test_on_an_accelerator_what_has_run_is_not_compiled_ahead(accelerator, monkeypatch):
+    """The first call of a stream, and nothing of arrays."""
     lowered = []
     lower = Segment.lower
-    monkeypatch.setattr(Segment, "lower", lambda segment, lies: lowered.append(segment.has_run) or lower(segment, lies))
+    monkeypatch.setattr(Segment, "lower", lambda segment, lies: lowered.append(segment) or lower(segment, lies))
     assert_whole(estimate(iter(np.split(X, 16))))  # of a size that no other test has
-    assert lowered == [False]  # the second of two
+    assert len(lowered) == 1
+    assert_whole(estimate(X, batch_size=96))
+    assert len(lowered) == 2
+
+
+def test_a_layer_that_the_call_never_runs_is_named():
+    """Whatever the method and the data, as in precise estimates."""
+
+    class Two(nn.Module):
+        def setup(self):
+            self.one, self.other = (nn.BatchNorm(use_running_average=True) for _ in range(2))
+
+        def __call__(self, x, other=False):
+            return self.other(self.one(x)) if other else self.one(x)
+
+    variables = Two().init(jax.random.key(0), X, other=True)
+    options = {"method": "exact", "only": lambda path: path == "other"}
+    for data in ({"batches": X, "batch_size": 64}, {"batches": BATCHES}):
+        with pytest.raises(ValueError, match="must see data: 'other' saw none"):
+            flaxbn.estimate_population_stats(Two(), variables, **data, **options)
