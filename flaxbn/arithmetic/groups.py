@@ -97,8 +97,6 @@ class Sharing:
         then shows in the output, where jax would clamp it and take another domain's statistics.
         """
         if self.domain is not None:
-            # XLA would compute what makes the statistics of a channel anew for each position that is given them.
-            statistics = jax.lax.optimization_barrier(statistics)
             statistics = statistics.at[self.domain].get(mode="fill", fill_value=jnp.nan)
         return jnp.expand_dims(statistics, self._inner)
 

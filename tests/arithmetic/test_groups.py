@@ -60,12 +60,3 @@ def test_many_examples_of_a_domain(examples, dtype):
     np.testing.assert_allclose(found, expected, rtol=1e-6)  # some ten roundings
     counts = Sharing((0,), jnp.asarray(domain), 3).count(jnp.ones((1, 1)), x.shape)
     np.testing.assert_array_equal(counts[:, 0], [np.sum(domain == k) for k in range(3)])
-
-
-def test_what_makes_statistics_is_not_computed_for_each_position():
-    """XLA would fuse it with the gather, for each of four thousand examples in the place of eight rows."""
-    sharing = Sharing((0,), jnp.arange(4096) % 8, 8)
-    program = jax.jit(lambda s: sharing.spread(jnp.exp(s)) * 2).lower(jnp.zeros((8, 512))).compile().as_text()
-    rows = [line for line in program.splitlines() if " exponential(" in line]
-    assert rows
-    assert all("f32[8,512]" in line for line in rows)

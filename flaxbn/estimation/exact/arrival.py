@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from itertools import chain, cycle, islice
 
-import jax
-
 from flaxbn.data.batches import Stream
 from flaxbn.data.placement import on_accelerator, shards
 from flaxbn.estimation.chunks import Ahead
@@ -35,15 +33,16 @@ def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> 
     batches: list[Batch] = []
     waiting: deque[Callable[[], None]] = deque()
     cores = lanes_for((asked.variables, first[0].closed), first[0].segments.bytes(0))
+    begin = _Begin(asked, memory_limit)
     with Lanes(cores, tracing_options) as lanes:
-        begin = _Begin(asked, memory_limit, threads=lanes.number > 1)
+        ahead = [Ahead(begin.most_ahead) for _ in range(lanes.number)]
         for lane, batch in zip(cycle(range(lanes.number)), chain(first, arriving)):
             batches.append(batch)
             begin.make_room(batches)
             if not batch.segments.segments[0].has_run:
-                begin(batch)  # compiles, here: each thread would do so by itself
+                begin((batch, ahead[lane]))  # compiles, here: each thread would do so by itself
                 continue
-            waiting.append(lanes.start(lane, begin, batch))
+            waiting.append(lanes.start(lane, begin, (batch, ahead[lane])))
             if len(waiting) > lanes.number:
                 waiting.popleft()()
         while waiting:
@@ -52,23 +51,20 @@ def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> 
 
 
 class _Begin:
-    """Gets a batch to the input of the first call.
-
-    Args:
-        threads: whether several do: each waits for what it started, so that the others are not held up.
+    """Gets batches to the input of the first call, and keeps what lives then, as long as there is room.
 
     Attributes:
         held: how many bytes are kept on each device.
+        most_ahead: how far each thread may run ahead of the device.
     """
 
-    def __init__(self, asked: Request, memory_limit: int | None, *, threads: bool) -> None:
+    def __init__(self, asked: Request, memory_limit: int | None) -> None:
         self.held = 0
         self._asked = asked
         self._limit = memory_limit
-        self._threads = threads
         self._keeps = True
         self._waits = not on_accelerator(asked.variables)
-        self._ahead = Ahead(AHEAD if self._waits else AHEAD_OF_ACCELERATOR)
+        self.most_ahead = AHEAD if self._waits else AHEAD_OF_ACCELERATOR
         self._shared: dict[tuple[int, int], Values] = {}
 
     def make_room(self, batches: list[Batch]) -> None:
@@ -85,10 +81,8 @@ class _Begin:
             for batch in batches:
                 batch.values = None
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, part: tuple[Batch, Ahead]) -> None:
+        batch, ahead = part
         stage = Stage(self._asked, self._shared, 0, 0, self._keeps, self._waits)
         batch.begun = measure_batch(stage, batch)
-        if self._threads:
-            jax.block_until_ready(batch.begun)
-        else:
-            self._ahead.started(batch.begun.var)
+        ahead.started(batch.begun.var)
