@@ -46,9 +46,6 @@ spread of seeds, hospitals and the diagnosis the rule stands in `notebooks/answe
 """
 
 TAIL = """
-Notebooks 2, 3 and 5 are on MNIST and USPS so far, with small networks ([what they found](notebooks/index.md)). Where
-it says *not run yet*, they do not have these figures.
-
 Of the articles, Mindee's is known here by the code that goes with it,
 [mindee/Problem-of-BatchNorm](https://github.com/mindee/Problem-of-BatchNorm), with the four modes of notebook 1. Irpan
 tells of two datasets of his own, whose plots he shows, and takes MNIST and SVHN for an example. The text of the article
