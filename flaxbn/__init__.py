@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from flaxbn.models.steps import set_steps as set_steps
     from flaxbn.models.user_functions import CallError as CallError
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 # What a training does not need is loaded when it is asked for: the layers add 15 ms to importing Flax, all of it 60.
 _MODULES = ("diagnostics", "domains", "linen", "nnx", "torch")
