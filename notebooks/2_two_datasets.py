@@ -249,8 +249,8 @@ lab.say(
 # - Normalize at the test as in training: the cells in bold, with population statistics. Where batches hold one dataset
 #   each, that is the population of each: `flaxbn.domains.estimate` for any model, `num_domains` in the layer.
 # - Or let every batch hold both, in the shares of the test, and one average serves both.
-# - A running average for each dataset lags more than one for both, since it has half of the updates. Where the learning
-#   rate falls to zero it has caught up at the end; before, estimate.
+# - A running average for each dataset lags more than one for both, since it has half of the updates: the numbers above
+#   say what the population of each gains over it, even where the learning rate fell to zero. Estimate.
 #
 # ## Against the literature
 #

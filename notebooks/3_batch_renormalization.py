@@ -14,9 +14,10 @@
 # %% [markdown]
 # # What does batch renormalization buy?
 #
-# Small batches, and batches that are no random sample. Batch normalization trains a network that sees its neighbours in
-# the batch, and uses it without them. With two examples, or with examples of one class, the two are different networks.
-# Batch renormalization keeps what training puts out close to what inference will:
+# Batches that are no random sample, and small ones where a layer has few values of a channel. Batch normalization
+# trains a network that sees its neighbours in the batch, and uses it without them. With two examples, or with examples
+# of one class, the two are different networks. Batch renormalization keeps what training puts out close to what
+# inference will:
 #
 # ```
 # y = ((x - mean_B) / sqrt(var_B + epsilon) * r + d) * scale + bias
