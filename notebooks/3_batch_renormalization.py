@@ -27,7 +27,8 @@
 #
 # where mean and var are the running average, and r and d are constants for the gradient. It begins as batch
 # normalization (`r_max=1`, `d_max=0`), and the bounds open on a ramp (Ioffe 2017, "Batch Renormalization", sections 3
-# and 4). The paper's ramp goes from 5 000 to 40 000 steps; here it is scaled to end at half of each training.
+# and 4). The paper's ramp goes from 5 000 to 40 000 steps (`d_max` to 25 000); here it is scaled to end at half of each
+# training.
 #
 # A full run trains a ResNet-20 on CIFAR-10, and a dense network on MNIST:
 # `make notebooks FULL=1 DATA_DIR=DIR ARGS="-k 3_batch_renormalization"`. The small one has scikit-learn's digits, and
@@ -164,7 +165,8 @@ def as_batch_norm(variables):
 #
 # The test error of single images, with the running average, as a deployed model would; and with the exact population
 # statistics of 2 000 training images, estimated without groups, to tell a poor average from a poor network. Then, for
-# groups of four, the error of test images in groups like those of training, normalized as in training; and r and d of
+# groups of four, the error of test images in groups like those of training (64 groups, which leaves three
+# points of chance), normalized as in training; and r and d of
 # each layer on the way, without bounds, on training images. For that, the statistics of each group are read from a
 # layer whose running average is, with `momentum=0`, the last batch's.
 
@@ -373,7 +375,8 @@ lab.say(
 #
 # How far the groups of four are from the running average, before any bound, in each layer of the network with batch
 # renormalization: |log2 r| = 1 says that the deviation of a group is twice the average's, or half of it; |d| = 1 that
-# its mean lies one deviation off. Means over the channels, 64 groups, and the seeds.
+# its mean lies one deviation off. Means over the channels, 64 groups, and the seeds. The first columns, before there is
+# much of a running average, are beyond the scale.
 
 # %%
 _, axes = plt.subplots(2, 2, figsize=(12, 6.4), sharex=True, sharey=True)
@@ -579,17 +582,18 @@ lab.say(
 # ## Against the literature
 #
 # - Ioffe 2017 trains an Inception network on ImageNet. In groups of four (section 4.2) batch renormalization wins back
-#   about half of what batch normalization loses there, and with 16 labels of two images each (section 4.3) all of it.
+#   about half of what batch normalization loses there, and with 16 labels of two images each (section 4.3) nearly all.
 # - Wu & He 2018, "Group Normalization", train a ResNet-50 on ImageNet: with batches of two, the error with group
-#   normalization is 10.6 points below that with batch normalization.
+#   normalization is 10.6 points below that with batch normalization. Here, in so short a training, it is above it.
 # - Hoffer et al. 2017 cut batches of 4 096 into groups of 128, to win back a part of what large batches lose in
 #   generalization. A batch of 128 is not large; the curve of random groups shows what cutting it costs or saves.
 #
 # What differs here, in a full run: three epochs of a quarter of CIFAR-10 at half its size, so that the errors are those
 # of a network early in its training; and a running average that sees all groups of a step. It is too short to say what
 # batch normalization would make of small groups in the end. The ramp, too, is short: the bounds open within 150 steps,
-# while the statistics still change fast (the maps of r and d), which is a likely cause of what renormalization loses in
-# random groups.
+# while the statistics still change fast (the maps of r and d), which may be the cause of what renormalization loses in
+# random groups; it was not tested. "Beyond the spread of the seeds" is a mean of more than one standard deviation,
+# which with five seeds chance exceeds in about one case of ten.
 
 
 # %%

@@ -10,6 +10,7 @@ from answers import (
     augmented,
     corrupted,
     costs,
+    dense,
     erratic,
     from_to,
     harm,
@@ -176,6 +177,12 @@ CLAIMS = (
         same_cell(("mixed-domain", "domain"), ("mixed-domain-affine", "domain")),
     ),
     Claim(
+        "The same with batches of one dataset in turn",
+        "this library",
+        "2_two_datasets",
+        same_cell(("turn-domain", "domain"), ("turn-domain-affine", "domain")),
+    ),
+    Claim(
         "Where data come from several sites, statistics of each serve the predictions for a new one",
         SITES,
         "6_four_hospitals",
@@ -193,6 +200,18 @@ CLAIMS = (
         IOFFE + ", section 4.3",
         "3_batch_renormalization",
         won_back("groups of two classes", 4, share=1),
+    ),
+    Claim(
+        "The same where each group holds one class",
+        "this library",
+        "3_batch_renormalization",
+        won_back("groups of one class", 4, share=1),
+    ),
+    Claim(
+        "Renormalization is better where two examples are all that a step sees",
+        IOFFE + ", section 4.2, of groups of four",
+        "3_batch_renormalization",
+        dense("random", 2),
     ),
     Claim(
         "With large random batches nothing is lost by it",

@@ -32,16 +32,18 @@ HEAD = """# What holds?
 
 What articles and papers say of batch normalization that this library is an answer to, and what our runs say to that.
 Their networks are larger than ours, a ResNet-50 on ImageNet for most; ours are narrow ResNets of 20 layers and small
-networks, trained for a few epochs on a quarter of CIFAR-10, for notebooks 1, 3 and 4 halved to 16x16, on SVHN and
-MNIST, and on a table of 920 patients. A claim that does not hold here may hold there.
+networks (in 1, 2 and a part of 3), trained for a few epochs on a quarter of CIFAR-10, for notebooks 1, 3 and 4 halved
+to 16x16, on 3 667 images of SVHN and on MNIST, and on a table of 920 patients. A claim that does not hold here may hold
+there.
 
-Figures are mean ± standard deviation over {seeds} seeds. An effect *holds* if its mean exceeds two standard deviations
-and, where the source gives a figure, half of that, in its own unit; it *holds weaker* if it exceeds one standard
-deviation. That nothing changes *holds* if the difference is within two standard deviations and half a point, and *holds
-weaker* within one standard deviation or half a point; that something is as good likewise, or if it is better. For the
-spread of seeds, hospitals and the diagnosis the rule stands in `notebooks/answers.py`.
+Figures are mean ± standard deviation over {seeds} seeds, on one test set. An effect *holds* if its mean exceeds two
+standard deviations and, where the source gives a figure, half of that, in its own unit; it *holds weaker* if it
+exceeds one standard deviation, which chance does in one of ten cases, and a quarter of that figure. That nothing
+changes *holds* if the difference is within two standard deviations and half a point, and *holds weaker* within one
+standard deviation or half a point; that something is as good likewise, or if it is better. For the spread of seeds,
+hospitals and the diagnosis the rule stands in `notebooks/answers.py`.
 
-| claim | source | here | | notebook |
+| claim | source | here | verdict | notebook |
 |---|---|---|---|---|
 """
 
@@ -50,8 +52,7 @@ Of the articles, Mindee's is known here by the code that goes with it,
 [mindee/Problem-of-BatchNorm](https://github.com/mindee/Problem-of-BatchNorm), with the four modes of notebook 1. Irpan
 tells of two datasets of his own, whose plots he shows, and takes MNIST and SVHN for an example. The text of the article
 on several labs, and that of a fourth on batch renormalization, could not be had: to the first belongs the question, and
-what the second claims is taken from Ioffe's paper. Those of the papers' figures that are no round numbers are of their
-tables.
+what the second claims is taken from Ioffe's paper. Figures of the papers with a decimal point are from their tables.
 
 Each notebook is run again, on the folder DIR of data sets, by:
 

@@ -27,6 +27,7 @@ def test_every_claim_is_of_a_notebook():
         ([4, 5, 6], None, answers.HOLDS),
         ([4, 5, 6], 8, answers.HOLDS),
         ([4, 5, 6], 12, answers.WEAKER),
+        ([4, 5, 6], 24, answers.FAILS),
         ([0, 1, 2], None, answers.WEAKER),
         ([-3, 1, 3], None, answers.FAILS),
         ([-4, -5, -6], None, answers.FAILS),
@@ -61,8 +62,8 @@ def test_that_nothing_changes(difference, verdict):
     ],
 )
 def test_what_is_better_is_as_good_but_not_the_same(other, as_good, same):
-    found = {"test": {"a": {"own": {"one": [70.0, 71.0]}}, "b": {"own": {"one": other}}}}
-    cells = ("a", "own"), ("b", "own")
+    found = {"test": {"a": {"running": {"one": [70.0, 71.0]}}, "b": {"running": {"one": other}}}}
+    cells = ("a", "running"), ("b", "running")
     assert answers.as_good(*cells)(found).verdict == as_good
     assert answers.same_cell(*cells)(found).verdict == same
 
