@@ -180,9 +180,11 @@ class _Share:
     def advance(self, batches: int | None = None) -> list[Moments]:
         """Takes so many batches more, or all that are left; returns the moments of all that were taken."""
         for batch in islice(self._left, batches):
-            moments = _of_batch(self._stage, batch)
+            moments = _begun(self._stage, batch)
+            if moments is None:
+                moments = measure_batch(self._stage, batch)
+                self._ahead.started(moments.var)
             self._moments.append(moments)
-            self._ahead.started(moments.var)
         return self._moments
 
 
@@ -192,16 +194,12 @@ def _most_ahead(stage: Stage) -> int | None:
     return AHEAD if stage.base == stage.call else 0
 
 
-def _of_batch(stage: Stage, batch: Batch) -> Moments:
-    """What `measure_batch` gives, taken over from where it was begun."""
+def _begun(stage: Stage, batch: Batch) -> Moments | None:
+    """What `measure_batch` would give, where it was begun, and all that is kept is there."""
     moments, batch.begun = batch.begun, None
-    if moments is None:
-        return measure_batch(stage, batch)
-    if not stage.keeps:
+    if moments is not None and not stage.keeps:
         batch.values = None
-    elif batch.values is None:
-        return measure_batch(stage, batch)
-    return moments
+    return None if stage.keeps and batch.values is None else moments
 
 
 def measure_batch(stage: Stage, batch: Batch) -> Moments:
