@@ -122,7 +122,7 @@ def measure_deviations(
             weights that are no bools a `pmax`.
         lanes: how many arrays are measured at once, where `jax.vmap` maps this over others like `x`.
         on: measure as is best there, by other sums: on an accelerator in fewer kernels; on a CPU about 0, where that
-            keeps the variance good to 1e-6. Of complex values, with weights or domains it is the same. It is not for
+            keeps the variance good to 2e-6. Of complex values, with weights or domains it is the same. It is not for
             differentiation.
 
     Returns:
