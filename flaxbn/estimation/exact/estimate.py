@@ -62,11 +62,11 @@ def _pass(
     calls = _agreed(gather(_signature(batches)))
     if not calls:
         return Result.of_calls([], range(len(batches)), [], [])
-    found = run(asked, batches, kept or [True] * calls, counter)
+    found = run(asked, batches, kept or [True] * calls, counter, watched=None if check is None else check.watched)
     entries = batches[0].segments.entries if batches else [all_entries(asked.layers)] * calls
 
     def verified() -> Result:
-        compare = None if check is None else check.start(found.statistics)  # before anybody waits for the run
+        compare = None if check is None else check.start(found)  # before anybody waits for the run
         moments, first_bad = found.fetched()
         result = Result.of_calls(entries, range(len(batches)), moments, first_bad)
         check_finite([result], asked.layers)

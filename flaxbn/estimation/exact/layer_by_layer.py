@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array
 
 from flaxbn.arithmetic.moments import Moments, merge
 from flaxbn.data.placement import get_together, on_accelerator, on_device, place
 from flaxbn.data.processes import gather, on_all
 from flaxbn.data.progress import Counter
+from flaxbn.estimation.exact.segments import Values
 from flaxbn.estimation.exact.stage import Batch, Measured, Reach, Stage, fetch, measure
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.threads import Cores, cores_for
@@ -24,14 +24,21 @@ class Found(NamedTuple):
 
     Attributes:
         measured: for each call what its stage finds.
+        shared: what holds for all batches of a kind, by `Batch.kind`, the statistics of all calls included.
     """
 
     measured: list[Measured]
+    shared: dict[tuple[int, int], Values]
 
     @property
     def statistics(self) -> list[tuple[Any, Any]]:
         """The mean and variance that each call let through."""
         return [own.statistics for own in self.measured]
+
+    @property
+    def watched(self) -> list[Moments]:
+        """For each call the moments of the batch that was watched."""
+        return [own.watched for own in self.measured if own.watched is not None]
 
     def fetched(self) -> tuple[list[Moments], list[int]]:
         """For each call the moments of all batches, and the first batch whose moments are not finite, or -1.
@@ -42,7 +49,9 @@ class Found(NamedTuple):
         return moments, [_first_bad(own.reaches, places) for own, places in zip(self.measured, bad)]
 
 
-def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter) -> Found:
+def run(
+    asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter: Counter, *, watched: int | None = None
+) -> Found:
     """All batches through one call after the other, merged over processes once for each call.
 
     Args:
@@ -50,6 +59,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
         batches: those of this process, none of which has been read.
         kept: for each call whether what lives after it is kept; else it is computed again from the last that is.
         counter: is told of every batch of every call.
+        watched: the place of a batch whose own moments are wanted, too; only where the host waits.
     """
     by_kind = {batch.kind: batch for batch in batches}
     shared = {key: one.segments.shared(one.closed, asked.variables) for key, one in by_kind.items()}
@@ -63,7 +73,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
     base = 0
     with Cores(_cores_for(asked, batches), tracing_options) as cores:
         for call, keeps in enumerate(kept):
-            stage = Stage(asked, shared, base, call, keeps, waits)
+            stage = Stage(asked, shared, base, call, keeps, waits, watched)
             own = _measure_everywhere(stage, batches, cores, defaults, stored)
             measured.append(own)
             for key, one in by_kind.items():
@@ -73,7 +83,7 @@ def run(asked: Request, batches: Sequence[Batch], kept: Sequence[bool], counter:
                     batch.read = _already_read
             base = call + 1 if keeps else base
             counter.add(len(batches))
-    return Found(measured)
+    return Found(measured, shared)
 
 
 def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
@@ -98,15 +108,13 @@ def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
     return cores_for(arguments, len(batches), largest)
 
 
-def moments_with(asked: Request, batch: Batch, statistics: Sequence[tuple[Array, Array]]) -> list[Moments]:
-    """The moments of each call's input in one batch, where the calls let these statistics through."""
-    shared = batch.segments.shared(batch.closed, asked.variables)
+def moments_with(asked: Request, batch: Batch, shared: Values) -> list[Moments]:
+    """The moments of each call's input in one batch, with what a run found for all of its kind."""
     values = fetch(asked, batch)
     found = []
-    for segment, given in zip(batch.segments.segments, statistics, strict=True):
+    for segment in batch.segments.segments:
         moments, made = segment.measure(values, shared, {}, batch.weights)
         values = {v: a for v, a in values.items() if v not in segment.dead} | made
-        shared |= segment.statistics(*given)
         found.append(moments)
     return found
 
@@ -149,8 +157,8 @@ def _measure_everywhere(
         if own is not None:
             for field, values in zip(fields, jax.device_get(own.moments)):
                 field[entries - 1] = values
-        reaches, bad = ([], []) if own is None else (own.reaches, own.bad)
-        return Measured(Moments(*fields), (stored_mean, stored_var), reaches, bad)  # type: ignore[arg-type]
+        reaches, bad, watched = ([], [], None) if own is None else (own.reaches, own.bad, own.watched)
+        return Measured(Moments(*fields), (stored_mean, stored_var), reaches, bad, watched)  # type: ignore[arg-type]
 
     own = on_all(by_entry)
     everywhere = merge(*gather(own.moments))

@@ -185,9 +185,9 @@ class Segment:
 
     def statistics(self, mean: Any, var: Any) -> Values:
         """What the call lets through, as variables shared by later segments."""
-        given = zip(self._tap.outvars, self.dtypes, (mean, var))
-        cast = [(v, a if a.dtype == dtype else a.astype(dtype)) for v, dtype, a in given]
-        return {v: a if isinstance(a, jax.Array) else jax.device_put(a) for v, a in cast}
+        cast = [a if a.dtype == dtype else a.astype(dtype) for a, dtype in zip((mean, var), self.dtypes)]
+        there = all(isinstance(a, jax.Array) for a in cast)
+        return dict(zip(self._tap.outvars, cast if there else jax.device_put(cast)))
 
     @cached_property
     def key(self) -> Hashable:

@@ -69,6 +69,7 @@ class Stage(NamedTuple):
         keeps: whether what lives after it is kept.
         waits: whether the host waits for what it has started, so that memory does not pile up. That of an accelerator
             is taken and freed in the order in which work is started: there nothing needs to wait.
+        watched: the place of a batch whose own moments are wanted, or None.
     """
 
     asked: Request
@@ -77,6 +78,7 @@ class Stage(NamedTuple):
     call: int
     keeps: bool
     waits: bool
+    watched: int | None = None
 
 
 class Reach(NamedTuple):
@@ -99,12 +101,14 @@ class Measured(NamedTuple):
         statistics: the mean and variance that the call then lets through.
         reaches: for each merge, those of batches before those of what these gave, what was merged.
         bad: for each merge, the place in it of the first moments that are not finite, or infinity.
+        watched: those of one batch, where the host waits and it was asked for.
     """
 
     moments: Moments
     statistics: tuple[Any, Any]
     reaches: list[Reach]
     bad: list[Any]
+    watched: Moments | None = None
 
 
 def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cores: Cores) -> Measured:
@@ -124,8 +128,10 @@ def measure(stage: Stage, batches: Sequence[Batch], stored: tuple[Any, Any], cor
     moments = [one for share in cores.each(_Share.advance, shares) for one in share]
     if stage.waits:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
-            merged, bad, statistics = _finish([_on_host(m) for m in moments], stored, np)
-        return Measured(merged, statistics, [Reach(batches[0].number, 1)], [bad])
+            moments = [_on_host(m) for m in moments]
+            merged, bad, statistics = _finish(moments, stored, np)
+        watched = None if stage.watched is None else moments[stage.watched]
+        return Measured(merged, statistics, [Reach(batches[0].number, 1)], [bad], watched)
     reaches: list[Reach] = []
     bads: list[Any] = []
     batches_each = 1

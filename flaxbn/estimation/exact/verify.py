@@ -1,8 +1,8 @@
 """How exact statistics check themselves: with them, an example must give the same whatever else is in the batch.
 
-First by batches of one shape in which examples have other neighbours: on a CPU by what is compiled already, on an
-accelerator by one more program, of a few examples. That cannot show a model that computes with the size of the batch;
-for one whose program does, parts of the batch must give the moments of the whole.
+First by batches of one shape in which examples have other neighbours: on a CPU by what is compiled already, beside what
+the run has found of the batch; on an accelerator by one more program, of a few examples. That cannot show a model that
+computes with the size of the batch; for one whose program does, parts of the batch must give the moments of the whole.
 """
 
 import operator
@@ -24,11 +24,13 @@ from flaxbn.data.placement import get_together, on_accelerator, replicated
 from flaxbn.data.samples import count_samples
 from flaxbn.estimation.calls import Closed, LayerCalls, traced
 from flaxbn.estimation.compiled import Layout, shapes_of
-from flaxbn.estimation.exact.layer_by_layer import moments_with
+from flaxbn.estimation.exact.layer_by_layer import Found, moments_with
+from flaxbn.estimation.exact.segments import Values
 from flaxbn.estimation.exact.stage import Batch, fetch
 from flaxbn.estimation.joined import Packed, Pending, Record, fetched, join, merge_joined
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.reuse import Compiled
+from flaxbn.estimation.threads import Cores, lanes_for
 from flaxbn.models.independence import check_parts, split
 from flaxbn.tracing.flatten import unroll
 from flaxbn.tracing.jaxpr import content
@@ -79,26 +81,33 @@ class IndependenceCheck:
                 single[id(batch.segments)] = batch
         return None
 
-    def start(self, statistics: Sequence[tuple[Any, Any]]) -> Callable[[Sequence[Any]], None]:
+    @property
+    def watched(self) -> int | None:
+        """The place of the batch whose own moments a run is to give; None where they are not compared."""
+        if len(self.batches) > 1 or on_accelerator(self.asked.variables):
+            return None
+        return self.batches[0].number
+
+    def start(self, run: Found) -> Callable[[Sequence[Any]], None]:
         """Begins with what an accelerator can do while nobody waits for it.
 
         Args:
-            statistics: those that were found, maybe not computed yet.
+            run: what was found, maybe not computed yet.
 
         Returns:
             What is to be given the population's variances, and raises unless moments agree in units of these.
         """
         if len(self.batches) > 1:
-            return partial(self._compare_parts, statistics)
+            return partial(self._compare_parts, run.statistics)
         (batch,) = self.batches
-        double = self._start_doubled if on_accelerator(self.asked.variables) else self._doubled
-        doubled = double(batch, statistics)
+        double = self._start_doubled if self.watched is None else self._doubled
+        doubled = double(batch, run)
 
         def compare(variances: Sequence[Any]) -> None:
             whole, again = doubled()
             self._compare(whole, again, variances)
             if _reads_size(self.asked, batch):
-                self._compare_parts(statistics, variances)
+                self._compare_parts(run.statistics, variances)
 
         return compare
 
@@ -119,7 +128,7 @@ class IndependenceCheck:
             whole, again = get_together((whole, again))
             self._compare(whole, again, variances)
 
-    def _doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
+    def _doubled(self, batch: Batch, run: Found) -> Callable[[], tuple[list[Moments], list[Moments]]]:
         """The moments of a batch, and those of its one half twice and its other half twice, merged.
 
         All are batches of one shape, so nothing is rounded otherwise, and on a CPU nothing new is compiled. Each
@@ -129,13 +138,15 @@ class IndependenceCheck:
         def found() -> tuple[list[Moments], list[Moments]]:
             self._weights()  # without which none of some rows are known
             arrays = batch.read()
-            rows = _doubled_rows(count_samples(arrays))
-            whole, *halves = jax.device_get([self._of_rows(batch, arrays, some, statistics) for some in rows])
-            return whole, merge(*halves)
+            _, *doubled = _doubled_rows(count_samples(arrays))
+            number = lanes_for((self.asked.variables, batch.closed), batch.segments.bytes(0))
+            with Cores(min(number, len(doubled)), tracing_options) as cores:
+                halves = cores.each(partial(self._of_rows, batch, arrays, run.shared[batch.kind]), doubled)
+            return run.watched, merge(*jax.device_get(halves))
 
         return found
 
-    def _start_doubled(self, batch: Batch, statistics: Any) -> Callable[[], tuple[list[Moments], list[Moments]]]:
+    def _start_doubled(self, batch: Batch, run: Found) -> Callable[[], tuple[list[Moments], list[Moments]]]:
         """The same of its first examples, by one program that is started here, on an accelerator.
 
         Of all where the first ones have no weight: what nothing is measured of shows nothing.
@@ -144,7 +155,7 @@ class IndependenceCheck:
         tells = weights is None or np.any(np.asarray(weights[:_ENOUGH]) > 0)
         arrays = batch.read(_ENOUGH if tells else None)
         weights = None if weights is None else weights[: count_samples(arrays)]
-        packed = self._run(_Doubled, [arrays], [weights], statistics)
+        packed = self._run(_Doubled, [arrays], [weights], run.statistics)
         entries, is_complex = batch.segments.entries, batch.segments.calls.is_complex
 
         def found() -> tuple[list[Moments], list[Moments]]:
@@ -153,9 +164,9 @@ class IndependenceCheck:
 
         return found
 
-    def _of_rows(self, batch: Batch, arrays: Any, rows: np.ndarray, statistics: Any) -> list[Moments]:
+    def _of_rows(self, batch: Batch, arrays: Any, shared: Values, rows: np.ndarray) -> list[Moments]:
         own = replace(_unread(batch), read=partial(_rows, arrays, rows), weights=_at(batch.weights, rows))
-        return moments_with(self.asked, own, statistics)
+        return moments_with(self.asked, own, shared)
 
     def _compare(self, whole: Sequence[Moments], parts: Sequence[Moments], variances: Sequence[Any]) -> None:
         segments = self.batches[0].segments
