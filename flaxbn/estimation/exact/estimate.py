@@ -34,7 +34,7 @@ def exact_pass(
     """
     if not check_independence or not isinstance(data, Arrays):
         return _pass(asked, data, memory_limit, counter, check_independence=check_independence)
-    pieces = on_all(lambda: in_pieces(asked, data))
+    pieces = on_all(lambda: in_pieces(asked, data, memory_limit))
     try:
         return _pass(asked, pieces, memory_limit, counter, check_independence=True)
     except NotFiniteError:

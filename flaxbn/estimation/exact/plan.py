@@ -193,7 +193,7 @@ def plan(
     first = data.shapes()[0] if has_other_names(variables) else None
     asked = request(model, variables, rngs=rngs, first=first, **options)
     with one_warning(), own_mesh(asked.options.sharding, by_device=asked.options.by_device):
-        shapes = (in_pieces(asked, data) if isinstance(data, Arrays) else data).shapes()
+        shapes = (in_pieces(asked, data, memory_limit) if isinstance(data, Arrays) else data).shapes()
         sources = [Source(s, _unread) for s in shapes]
         return plan_batches(asked, [*prepare_batches(asked, sources)], memory_limit_of(asked, memory_limit))
 

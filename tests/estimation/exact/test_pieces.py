@@ -48,6 +48,20 @@ def test_smaller_pieces_on_a_cpu():
     assert_same_statistics(estimate(), WHOLE)
 
 
+@pytest.mark.usefixtures("cpu")
+def test_a_memory_limit_makes_them_smaller_on_a_cpu(monkeypatch):
+    """Of three arrays under way on each of two cores each takes a twentieth of the limit, or less."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert planned(memory_limit=20 * 24 * 4 * WIDTH) == 20  # of 24 each
+    assert planned(memory_limit=2**30) == 5
+    assert_same_statistics(estimate(memory_limit=20 * 24 * 4 * WIDTH), WHOLE)
+
+
+def test_a_memory_limit_makes_them_smaller_on_an_accelerator(accelerator):
+    assert planned(batch_size=40, memory_limit=8 * 120 * 4 * WIDTH) == 4  # of 120 each
+    assert planned(batch_size=40, memory_limit=1) == 12  # as asked
+
+
 def test_larger_pieces_on_an_accelerator(accelerator):
     assert planned(batch_size=40) == 1
     assert_same_statistics(estimate(batch_size=40), WHOLE)
