@@ -1,8 +1,7 @@
 """A precise pass over batches as they come: moments go into buffers, filled by as many threads as a CPU has cores."""
 
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import chain, cycle, islice
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -60,24 +59,12 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
     first = [*islice(batches, 1)]
     arguments = asked.variables, asked.rngs, first
     nbytes = sum(a.nbytes for a in jax.tree.leaves(first))
-    cores = lanes_for(arguments, nbytes)
-    waiting: deque[Callable[[], Passed]] = deque()
-    with Lanes(cores, tracing_options) as threads:
+    with Lanes(lanes_for(arguments, nbytes), tracing_options) as threads:
         lanes = [_Lane(asked, threads.number) for _ in range(threads.number)]
-        ahead = len(lanes) if len(lanes) > 1 else 0  # of results that are waited for; one lane computes at once
-        most = in_group(data.length(), len(lanes), nbytes)
-        for lane, group in zip(cycle(range(len(lanes))), _groups(asked, chain(first, batches), most)):
-            if not group.compiled.has_stepped:  # it is compiled here: each thread would do so by itself
-                while waiting:
-                    yield waiting.popleft()()
-                yield lanes[lane].take(group)
-                group.compiled.has_stepped = True
-            else:
-                waiting.append(threads.start(lane, lanes[lane].take, group))
-            if len(waiting) > ahead:
-                yield waiting.popleft()()
-        while waiting:
-            yield waiting.popleft()()
+        groups = _groups(asked, chain(first, batches), in_group(data.length(), len(lanes), nbytes))
+        yield from threads.each(
+            lambda lane, group: lanes[lane].take(group), groups, lambda group: group.compiled.has_stepped
+        )
         yield 0, [chunk for one in lanes for chunk in one.rest()]
 
 
@@ -174,6 +161,7 @@ class _Chunk:
         """Takes a group more; returns a token, which is ready when it is done."""
         self._buffer, done = group.compiled.step(self._buffer, len(self._numbers), count, *arguments)
         self._numbers += group.numbers
+        group.compiled.has_stepped = True
         return done
 
     def merged(self) -> Pending:

@@ -6,8 +6,10 @@ which it was started; programs of several threads run side by side.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import Any, TypeVar
 
 import jax
@@ -66,7 +68,7 @@ class Lanes:
     """Threads for parts that come one by one; each does its own in their order. A context manager.
 
     Attributes:
-        number: how many there are; with 1, parts are computed here, when they are given.
+        number: how many there are; with 1, parts are computed here, when they come.
     """
 
     def __init__(self, number: int, look: Callable[[], Any]) -> None:
@@ -81,12 +83,42 @@ class Lanes:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def start(self, lane: int, compute: Callable[[P], T], part: P) -> Callable[[], T]:
-        """Begins to compute in a lane; gives what waits for the result, or raises what was raised."""
-        if self._pools:
-            return self._pools[lane].submit(compute, part).result
-        found = compute(part)
-        return lambda: found
+    def each(
+        self, compute: Callable[[int, P], T], parts: Iterable[P], is_compiled: Callable[[P], bool]
+    ) -> Iterator[T]:
+        """`compute` of each lane and a part, the lanes in turn; while they compute, the next parts are read here.
+
+        Args:
+            compute: takes the number of the lane, too.
+            parts: of each lane one waits at most.
+            is_compiled: whether what computes a part is; otherwise that is done here: each thread would compile it.
+
+        Yields:
+            The results, in the order of the parts. What was raised for a part is raised before what the parts after it
+            raise as they are read.
+        """
+        waiting: deque[Callable[[], T]] = deque()
+        for lane, part in zip(cycle(range(self.number)), _raised_after(parts, waiting)):
+            if self._pools and is_compiled(part):
+                waiting.append(self._pools[lane].submit(compute, lane, part).result)
+            else:
+                while waiting:
+                    yield waiting.popleft()()
+                yield compute(lane, part)
+            if len(waiting) > self.number:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
+
+
+def _raised_after(parts: Iterable[P], waiting: Iterable[Callable[[], Any]]) -> Iterator[P]:
+    """The parts; where reading one raises, what was raised for those before it comes first."""
+    try:
+        yield from parts
+    except Exception:
+        for result in waiting:
+            result()
+        raise
 
 
 def _pool(threads: int, look: Callable[[], Any]) -> ThreadPoolExecutor | None:

@@ -1,8 +1,7 @@
 """Batches of a stream: what can be computed of one alone is, while the next is read."""
 
-from collections import deque
-from collections.abc import Callable
-from itertools import chain, cycle, islice
+from collections.abc import Iterator
+from itertools import chain, islice
 
 from flaxbn.data.batches import Stream
 from flaxbn.data.placement import on_accelerator, shards
@@ -31,22 +30,21 @@ def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> 
     if not (first and first[0].segments.segments):
         return [*first, *arriving], 0
     batches: list[Batch] = []
-    waiting: deque[Callable[[], None]] = deque()
-    cores = lanes_for((asked.variables, first[0].closed), first[0].segments.bytes(0))
     begin = _Begin(asked, memory_limit)
-    with Lanes(cores, tracing_options) as lanes:
-        ahead = [Ahead(begin.most_ahead) for _ in range(lanes.number)]
-        for lane, batch in zip(cycle(range(lanes.number)), chain(first, arriving)):
+
+    def arrived() -> Iterator[Batch]:
+        for batch in chain(first, arriving):
             batches.append(batch)
             begin.make_room(batches)
-            if not batch.segments.segments[0].has_run:
-                begin((batch, ahead[lane]))  # compiles, here: each thread would do so by itself
-                continue
-            waiting.append(lanes.start(lane, begin, (batch, ahead[lane])))
-            if len(waiting) > lanes.number:
-                waiting.popleft()()
-        while waiting:
-            waiting.popleft()()
+            yield batch
+
+    cores = lanes_for((asked.variables, first[0].closed), first[0].segments.bytes(0))
+    with Lanes(cores, tracing_options) as lanes:
+        ahead = [Ahead(begin.most_ahead) for _ in range(lanes.number)]
+        for _ in lanes.each(
+            lambda lane, batch: begin(batch, ahead[lane]), arrived(), lambda batch: batch.segments.segments[0].has_run
+        ):
+            pass
     return batches, begin.held
 
 
@@ -81,8 +79,8 @@ class _Begin:
             for batch in batches:
                 batch.values = None
 
-    def __call__(self, part: tuple[Batch, Ahead]) -> None:
-        batch, ahead = part
+    def __call__(self, batch: Batch, ahead: Ahead) -> None:
+        """Gets a batch there."""
         stage = Stage(self._asked, self._shared, 0, 0, self._keeps, self._waits)
         batch.begun = measure_batch(stage, batch)
         ahead.started(batch.begun.var)
