@@ -83,9 +83,7 @@ class Lanes:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def each(
-        self, compute: Callable[[int, P], T], parts: Iterable[P], is_compiled: Callable[[P], bool]
-    ) -> Iterator[T]:
+    def each(self, compute: Callable[[int, P], T], parts: Iterable[P], is_compiled: Callable[[P], bool]) -> Iterator[T]:
         """`compute` of each lane and a part, the lanes in turn; while they compute, the next parts are read here.
 
         Args:

@@ -151,16 +151,45 @@ def test_lanes_get_equal_shares_where_the_number_is_known(batches, lanes, size):
 
 def test_a_lane_does_its_parts_in_their_order():
     done = []
+
+    def compute(lane, part):
+        done.append((lane, part))
+        return 10 * part
+
     with Lanes(2, lambda: None) as lanes:
-        results = [lanes.start(i % 2, lambda i: done.append(i) or 10 * i, i) for i in range(20)]
-        assert [result() for result in results] == [10 * i for i in range(20)]
+        assert [*lanes.each(compute, range(20), lambda part: True)] == [10 * i for i in range(20)]
     for lane in range(2):
-        assert [i for i in done if i % 2 == lane] == [*range(lane, 20, 2)]
+        assert [part for own, part in done if own == lane] == [*range(lane, 20, 2)]
+
+
+def test_what_is_not_compiled_is_computed_here_and_alone():
+    under_way, here = set(), []
+
+    def compute(lane, part):
+        under_way.add(part)
+        if threading.current_thread() is threading.main_thread():
+            here.append((part, set(under_way)))
+        under_way.remove(part)
+
+    with Lanes(2, lambda: None) as lanes:
+        assert len([*lanes.each(compute, range(20), lambda part: part % 7 > 0)]) == 20
+    assert here == [(part, {part}) for part in (0, 7, 14)]
+
+
+def fail(lane, part):
+    if part == 3:
+        raise ZeroDivisionError(part)
 
 
 def test_what_a_lane_raises_is_raised():
-    def fail(part):
-        raise ZeroDivisionError(part)
+    with Lanes(2, lambda: None) as lanes, pytest.raises(ZeroDivisionError, match="3"):
+        [*lanes.each(fail, range(20), lambda part: True)]
 
-    with Lanes(2, lambda: None) as lanes, pytest.raises(ZeroDivisionError, match="7"):
-        lanes.start(0, fail, 7)()
+
+def test_what_a_lane_raised_comes_before_what_the_next_part_raises():
+    def parts():
+        yield from range(4)
+        raise ConnectionError("the disk is gone")
+
+    with Lanes(2, lambda: None) as lanes, pytest.raises(ZeroDivisionError, match="3"):
+        [*lanes.each(fail, parts(), lambda part: True)]

@@ -10,6 +10,7 @@ from oracle import assert_same_statistics, by_training_mode
 import flaxbn
 from flaxbn.data.batches import Arrays
 from flaxbn.estimation.exact import pieces
+from flaxbn.estimation.exact.segments import Segment
 
 WIDTH = 8192  # 32 KiB a sample between the layers: 96 samples in a piece
 
@@ -65,6 +66,17 @@ def test_a_memory_limit_makes_them_smaller_on_an_accelerator(accelerator):
 def test_larger_pieces_on_an_accelerator(accelerator):
     assert planned(batch_size=40) == 1
     assert_same_statistics(estimate(batch_size=40), WHOLE)
+
+
+@pytest.mark.usefixtures("cpu")
+def test_the_check_on_a_cpu_runs_two_batches_more(monkeypatch):
+    """What it compares them with the run has found."""
+    ran, measure = [], Segment.measure
+    monkeypatch.setattr(Segment, "measure", lambda segment, *given: ran.append(segment) or measure(segment, *given))
+    estimate()
+    assert len(ran) == 2 * (5 + 2)  # of two layers, 5 pieces
+    with pytest.raises(flaxbn.BatchDependenceError):
+        estimate(call=lambda module, x: module(x - x.mean(0, keepdims=True)))
 
 
 def test_the_check_on_an_accelerator_reads_a_few_examples(accelerator, monkeypatch):
