@@ -35,6 +35,7 @@ class Pass:
     Attributes:
         layout: how the batches lie.
         calls: the calls of the wanted layers in the traced model.
+        asks_host: whether a function of the host is called.
         entries: for each of them the numbers of the stored entries that it reads.
         chunk: how many batches have their moments merged at once.
         scan: `(closed, variables, rngs, batches, places, count, present, first)`: the merged moments of batches along a
@@ -50,6 +51,7 @@ class Pass:
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         (self.calls,) = calls
         self.layout = layout
+        self.asks_host = self.calls.ask_host
         self._ahead, self._program = computed_ahead(self.calls.program, sum(self.calls.arguments[:2]))
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))

@@ -20,6 +20,7 @@ from flaxbn.models.unseen import leaves_unseen
 from flaxbn.models.user_functions import run_explained
 from flaxbn.tracing.closed import as_arguments, with_own_constants
 from flaxbn.tracing.jaxpr import structure
+from flaxbn.tracing.kinds import asks_host
 from flaxbn.tracing.measure import check_values, stored_statistics
 from flaxbn.tracing.primitive import Tap
 from flaxbn.tracing.program import Program
@@ -75,6 +76,11 @@ class LayerCalls(NamedTuple):
         traced = tuple([structure(jaxpr.invars, jaxpr.eqns, jaxpr.outvars) for jaxpr in programs])
         others = self.arguments, tuple(self.batch_axes.items()), self.samples, self.present, self.unseen
         return traced, entries, others
+
+    @property
+    def ask_host(self) -> bool:
+        """Whether a function of the host is called: two such programs at once may wait for each other for ever."""
+        return any(asks_host(program.jaxpr) for program in (self.program, self.weigh) if program is not None)
 
     def check_values(self, tap: Tap) -> None:
         """A single value per channel, padding left out, is an error."""

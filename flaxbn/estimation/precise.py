@@ -82,7 +82,8 @@ def _on_one_device(
     """
     *_, arrays = args
     leaves = jax.tree.leaves(arrays)
-    cores = cores_for(args, len(places), places.size * sum(a.nbytes for a in leaves) // len(leaves[0]))
+    nbytes = places.size * sum(a.nbytes for a in leaves) // len(leaves[0])
+    cores = 1 if compiled.asks_host else cores_for(args, len(places), nbytes)
     number = max(cores, -(-len(places) // compiled.chunk), min(least, len(places)))
     own = np.array_split(places, -(-number // cores) * cores)
     parts = [(first + begin, part) for begin, part in zip(np.cumsum([0, *map(len, own)]).tolist(), own)]

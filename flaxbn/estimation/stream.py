@@ -62,10 +62,13 @@ def run_stream(asked: Request, data: Stream) -> Iterator[Passed]:
     with Lanes(lanes_for(arguments, nbytes), tracing_options) as threads:
         lanes = [_Lane(asked, threads.number) for _ in range(threads.number)]
         groups = _groups(asked, chain(first, batches), in_group(data.length(), len(lanes), nbytes))
-        yield from threads.each(
-            lambda lane, group: lanes[lane].take(group), groups, lambda group: group.compiled.has_stepped
-        )
+        yield from threads.each(lambda lane, group: lanes[lane].take(group), groups, _is_for_a_thread)
         yield 0, [chunk for one in lanes for chunk in one.rest()]
+
+
+def _is_for_a_thread(group: _Group) -> bool:
+    """Not what is compiled yet, which each thread would do by itself, nor what asks the host."""
+    return group.compiled.has_stepped and not group.compiled.asks_host
 
 
 def _placed(asked: Request, data: Stream) -> Iterator[tuple[Any, Any]]:

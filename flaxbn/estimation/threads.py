@@ -2,7 +2,8 @@
 
 What measures a layer splits the convolutions that XLA would spread over all cores, and its reductions run on one.
 Batches do not depend on each other, so the cores may as well take batches. What one thread starts runs in the order in
-which it was started; programs of several threads run side by side.
+which it was started; programs of several threads run side by side. (Not those that call functions of the host: each
+such call waits for one of the threads of XLA, which has as many as there are cores, and all may be waiting.)
 """
 
 import os
@@ -83,21 +84,23 @@ class Lanes:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def each(self, compute: Callable[[int, P], T], parts: Iterable[P], is_compiled: Callable[[P], bool]) -> Iterator[T]:
+    def each(
+        self, compute: Callable[[int, P], T], parts: Iterable[P], is_for_a_thread: Callable[[P], bool]
+    ) -> Iterator[T]:
         """`compute` of each lane and a part, the lanes in turn; while they compute, the next parts are read here.
 
         Args:
             compute: takes the number of the lane, too.
-            parts: of each lane one waits at most.
-            is_compiled: whether what computes a part is; otherwise that is done here: each thread would compile it.
+            parts: they are read as lanes are free.
+            is_for_a_thread: whether a part is; otherwise it is computed here, and nothing else meanwhile.
 
         Yields:
-            The results, in the order of the parts. What was raised for a part is raised before what the parts after it
-            raise as they are read.
+            The results, in the order of the parts. What `compute` raised for a part is raised before what reading a
+            later one raises.
         """
         waiting: deque[Callable[[], T]] = deque()
         for lane, part in zip(cycle(range(self.number)), _raised_after(parts, waiting)):
-            if self._pools and is_compiled(part):
+            if self._pools and is_for_a_thread(part):
                 waiting.append(self._pools[lane].submit(compute, lane, part).result)
             else:
                 while waiting:

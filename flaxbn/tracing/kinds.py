@@ -52,6 +52,14 @@ def is_open(eqn: Any) -> bool:
     return _KINDS.get(eqn.primitive.name) in ("inline", "custom")
 
 
+def asks_host(jaxpr: Any) -> bool:
+    """Whether a program calls a function of the host, as `jax.pure_callback` and `jax.debug.print` do."""
+    names = (eqn.primitive.name for eqn in jaxpr.eqns)
+    if any("callback" in name or name.startswith("debug_") for name in names):
+        return True
+    return any(asks_host(opened(inner)) for eqn in jaxpr.eqns for inner in subjaxprs(eqn))
+
+
 def scan_operands(eqn: Any, inner: Any, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """Constants, carries and scanned inputs, told apart by rank: the parameters' names differ between jax versions.
 

@@ -1,7 +1,9 @@
 """A precise pass on several cores: the same statistics as on one, and the same errors."""
 
 import threading
+import time
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -89,3 +91,40 @@ def test_several_devices_are_no_work_for_threads(threads, devices):
         found = estimate(spread)
     assert threads <= {threading.main_thread()}
     assert_same_statistics(found, by_training_mode(MODEL, VARIABLES, [X[k:4096:41] for k in range(41)], train))
+
+
+class Asking(nn.Module):
+    """A layer whose input a function of the host has made."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        return nn.BatchNorm(use_running_average=True)(jax.pure_callback(asked, x, x))
+
+
+UNDER_WAY, MOST = [], []
+
+
+def asked(x):
+    UNDER_WAY.append(x)
+    time.sleep(0.005)
+    MOST.append(len(UNDER_WAY))
+    UNDER_WAY.pop()
+    return x
+
+
+@pytest.mark.parametrize("method", ["precise", "exact"])
+@pytest.mark.parametrize("form", [np.asarray, np.split, lambda x, parts: iter(np.split(x, parts))])
+def test_what_calls_functions_of_the_host_runs_one_after_the_other(method, form):
+    """Of two at once each may wait for the other for ever, where they look at their arrays."""
+    model, options = Asking(), {}
+    variables = jax.jit(model.init)(jax.random.key(0), X[:2])
+    data = X[:4096]
+    if form is np.asarray:
+        options = {"batch_size": 256}
+    else:
+        data = form(data, 16)
+    MOST.clear()
+    flaxbn.estimate_population_stats(model, variables, data, method=method, **options)
+    assert len(MOST) >= 16
+    assert max(MOST) == 1

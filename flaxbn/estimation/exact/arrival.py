@@ -41,11 +41,14 @@ def prepare_arriving(asked: Request, data: Stream, memory_limit: int | None) -> 
     cores = lanes_for((asked.variables, first[0].closed), first[0].segments.bytes(0))
     with Lanes(cores, tracing_options) as lanes:
         ahead = [Ahead(begin.most_ahead) for _ in range(lanes.number)]
-        for _ in lanes.each(
-            lambda lane, batch: begin(batch, ahead[lane]), arrived(), lambda batch: batch.segments.segments[0].has_run
-        ):
+        for _ in lanes.each(lambda lane, batch: begin(batch, ahead[lane]), arrived(), _is_for_a_thread):
             pass
     return batches, begin.held
+
+
+def _is_for_a_thread(batch: Batch) -> bool:
+    """Not what is compiled yet, which each thread would do by itself, nor what asks the host."""
+    return batch.segments.segments[0].has_run and not batch.segments.asks_host
 
 
 class _Begin:

@@ -25,10 +25,12 @@ class Found(NamedTuple):
     Attributes:
         measured: for each call what its stage finds.
         shared: what holds for all batches of a kind, by `Batch.kind`, the statistics of all calls included.
+        cores: how many batches ran at once.
     """
 
     measured: list[Measured]
     shared: dict[tuple[int, int], Values]
+    cores: int
 
     @property
     def statistics(self) -> list[tuple[Any, Any]]:
@@ -83,7 +85,7 @@ def run(
                     batch.read = _already_read
             base = call + 1 if keeps else base
             counter.add(len(batches))
-    return Found(measured, shared)
+        return Found(measured, shared, cores.number)
 
 
 def _compile_ahead(asked: Request, kinds: Iterable[Batch]) -> None:
@@ -105,7 +107,7 @@ def _first_bad(reaches: Sequence[Reach], places: Sequence[Any]) -> int:
 def _cores_for(asked: Request, batches: Sequence[Batch]) -> int:
     largest = sum(max(map(batch.segments.bytes, range(len(batch.segments.layers)))) for batch in batches)
     arguments = asked.variables, [batch.closed for batch in batches]
-    return cores_for(arguments, len(batches), largest)
+    return 1 if any(batch.segments.asks_host for batch in batches) else cores_for(arguments, len(batches), largest)
 
 
 def moments_with(asked: Request, batch: Batch, shared: Values) -> list[Moments]:

@@ -15,6 +15,7 @@ from flaxbn.tracing.flatten import unroll
 
 _IN_CACHE = 3 * 2**20  # bytes of one array between two layers, on a CPU
 _LEAST = 2**18  # of these: of fewer, starting takes longer than computing
+_FEW = 8  # samples: of fewer it shows less whether they affect each other
 _UNDER_WAY = 10  # arrays of that size for each core, within what may be kept: three are under way, and take a third
 _TO_BE_BUSY = 2**33  # bytes of all of them, on an accelerator: the host takes a third of a millisecond for each piece
 _SHARE = 8  # of its free memory, or of what may be kept there
@@ -66,8 +67,9 @@ def _best_size(asked: Request, segments: Segments, size: int, memory_limit: int 
     limits = [] if memory_limit is None else [memory_limit]
     if not on_accelerator(asked.variables):
         in_all = _UNDER_WAY * lanes_for(asked.variables, most)
-        room = min([_IN_CACHE, *(max(limit // in_all, _LEAST) for limit in limits)])
-        return max(1, min(size, room * size // largest))
+        fits = max(1, min(size, _IN_CACHE * size // largest))
+        within = (max(limit // in_all, _LEAST) * size // largest for limit in limits)
+        return min([fits, *(max(samples, _FEW) for samples in within)])
     free = free_bytes(jax.tree.leaves(asked.variables)[0].devices())
     limits += [] if free is None else [free]
     return max(size, min([_TO_BE_BUSY, *(limit // _SHARE for limit in limits)]) * size // most)

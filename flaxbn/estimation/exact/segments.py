@@ -34,6 +34,7 @@ class Segments:
     Attributes:
         calls: the flat program and the calls in it.
         layout: how batches lie on devices.
+        asks_host: whether a function of the host is called.
         is_weighted: whether samples have weights.
         sample_weights: `(closed, batch, present)`: those of a batch's samples.
         layers: the layer of each call, for messages.
@@ -46,6 +47,7 @@ class Segments:
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         (self.calls,) = calls
         self.layout = layout
+        self.asks_host = self.calls.ask_host
         self.entries = list(self.calls.entries.values())
         jaxpr = self.calls.program.jaxpr
         taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]

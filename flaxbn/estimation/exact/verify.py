@@ -30,7 +30,7 @@ from flaxbn.estimation.exact.stage import Batch, fetch
 from flaxbn.estimation.joined import Packed, Pending, Record, fetched, join, merge_joined
 from flaxbn.estimation.request import Request, tracing_options
 from flaxbn.estimation.reuse import Compiled
-from flaxbn.estimation.threads import Cores, lanes_for
+from flaxbn.estimation.threads import Cores
 from flaxbn.models.independence import check_parts, split
 from flaxbn.tracing.flatten import unroll
 from flaxbn.tracing.jaxpr import content
@@ -139,8 +139,7 @@ class IndependenceCheck:
             self._weights()  # without which none of some rows are known
             arrays = batch.read()
             _, *doubled = _doubled_rows(count_samples(arrays))
-            number = lanes_for((self.asked.variables, batch.closed), batch.segments.bytes(0))
-            with Cores(min(number, len(doubled)), tracing_options) as cores:
+            with Cores(min(run.cores, len(doubled)), tracing_options) as cores:
                 halves = cores.each(partial(self._of_rows, batch, arrays, run.shared[batch.kind]), doubled)
             return run.watched, merge(*jax.device_get(halves))
 

@@ -58,6 +58,14 @@ def test_a_memory_limit_makes_them_smaller_on_a_cpu(monkeypatch):
     assert_same_statistics(estimate(memory_limit=20 * 24 * 4 * WIDTH), WHOLE)
 
 
+@pytest.mark.usefixtures("cpu")
+def test_a_memory_limit_leaves_enough_samples_to_tell_whether_they_affect_each_other(monkeypatch):
+    monkeypatch.setattr(pieces, "_LEAST", 1)
+    assert planned(memory_limit=1) == 60  # of 8 each
+    with pytest.raises(flaxbn.BatchDependenceError):
+        estimate(memory_limit=1, call=lambda module, x: module(x + jax.numpy.roll(x, len(x) // 4, 0)))
+
+
 def test_a_memory_limit_makes_them_smaller_on_an_accelerator(accelerator):
     assert planned(batch_size=40, memory_limit=8 * 120 * 4 * WIDTH) == 4  # of 120 each
     assert planned(batch_size=40, memory_limit=1) == 12  # as asked
