@@ -51,7 +51,7 @@ class Pass:
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         (self.calls,) = calls
         self.layout = layout
-        self.asks_host = self.calls.ask_host
+        self.asks_host = self.calls.asks_host
         self._ahead, self._program = computed_ahead(self.calls.program, sum(self.calls.arguments[:2]))
         self.entries = list(self.calls.entries.values())
         self.chunk = batches_in_chunk(sum(e.size for e in self.entries))

@@ -78,7 +78,7 @@ class LayerCalls(NamedTuple):
         return traced, entries, others
 
     @property
-    def ask_host(self) -> bool:
+    def asks_host(self) -> bool:
         """Whether a function of the host is called: two such programs at once may wait for each other for ever."""
         return any(asks_host(program.jaxpr) for program in (self.program, self.weigh) if program is not None)
 

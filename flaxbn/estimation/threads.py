@@ -2,8 +2,8 @@
 
 What measures a layer splits the convolutions that XLA would spread over all cores, and its reductions run on one.
 Batches do not depend on each other, so the cores may as well take batches. What one thread starts runs in the order in
-which it was started; programs of several threads run side by side. (Not those that call functions of the host: each
-such call waits for one of the threads of XLA, which has as many as there are cores, and all may be waiting.)
+which it was started; programs of several threads run side by side. (Not those that call functions of the host: as
+many at once as there are cores were seen to wait for ever, where these functions look at their arrays.)
 """
 
 import os

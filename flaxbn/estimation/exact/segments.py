@@ -47,7 +47,7 @@ class Segments:
     def __init__(self, calls: Sequence[LayerCalls], layout: Layout) -> None:
         (self.calls,) = calls
         self.layout = layout
-        self.asks_host = self.calls.ask_host
+        self.asks_host = self.calls.asks_host
         self.entries = list(self.calls.entries.values())
         jaxpr = self.calls.program.jaxpr
         taps = [eqn for eqn in jaxpr.eqns if eqn.primitive is tap_p]
